@@ -1,0 +1,73 @@
+"""Model families: how each one's frozen layers are opened between attention and FFN.
+
+A family is one module with `shape(model_or_config) → Shape` and `prune(model, plan, …)`, a context manager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+from ivtp.registry import unknown
+
+# By transformers' `model_type`, or package and class.
+FAMILIES = {
+    "llava": "ivtp.backbones.llava",
+    "clip_vision_model": "ivtp.backbones.clip_vit",
+    "timm.VisionTransformer": "ivtp.backbones.timm_vit",
+}
+
+
+class ModelError(ValueError):
+    """A model that is not there, not readable or not supported."""
+
+
+def family(model) -> ModuleType:
+    """The module of a model's (or config's) family; raises ModelError for one that is not supported."""
+    config = getattr(model, "config", model)
+    names = [
+        getattr(config, "model_type", ""),
+        *(f"{c.__module__.split('.')[0]}.{c.__name__}" for c in type(model).__mro__),
+    ]
+    for name in names:
+        if name in FAMILIES:
+            return import_module(FAMILIES[name])
+    raise ModelError(unknown("model family", str(names[0] or names[1]), FAMILIES))
+
+
+def reason(where: str, error: Exception) -> str:
+    """One line out of a loader's error."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    hint = "" if Path(where).exists() else "; offline, give a local folder or run once with the model in the HF cache"
+    return f"cannot load model {where!r}: {first}{hint}"
+
+
+@contextmanager
+def replaced(module: nn.Module, function: Callable, name: str = "forward") -> Iterator[None]:
+    """Give one module instance another forward for as long as the context lasts."""
+    before = module.__dict__.get(name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+
+@dataclass
+class VisionRun:
+    """Cuts of the last image batch through a vision tower."""
+
+    vision: list = None
+
+    @property
+    def trace(self) -> VisionRun:
+        return self

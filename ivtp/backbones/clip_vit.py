@@ -1,0 +1,102 @@
+"""transformers' CLIP vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ivtp.backbones import VisionRun, replaced
+from ivtp.backbones.transformers_attention import attend, key_mask
+from ivtp.pruning.attention import Attention
+from ivtp.pruning.cost import Layers, Shape
+from ivtp.pruning.pruner import Plan
+from ivtp.pruning.scores import mix
+from ivtp.pruning.tokens import Tokens
+from ivtp.pruning.traverse import traverse
+
+
+def sample_number(pixel_values: Tensor) -> Tensor:
+    """A number "b" from the content of each image, the same in whatever batch the image comes."""
+    bits = pixel_values.flatten(1).float().view(torch.int32).long()
+    return mix((bits * (2 * torch.arange(bits.shape[1], device=bits.device) + 1)).sum(1))
+
+
+class ClipVit:
+    """A `CLIPVisionModel` as a stack; `features` are the 0-based layers whose outputs leave it, joined along the width."""
+
+    def __init__(self, tower: nn.Module, features: tuple[int, ...] = ()) -> None:
+        self.tower = getattr(tower, "vision_model", tower)
+        self.layers = self.tower.encoder.layers
+        self.depth = len(self.layers)
+        self.features = features
+
+    def embed(self, pixel_values: Tensor, **kwargs) -> Tokens:
+        """Patches behind the class token, "b 1+v d"."""
+        dtype = self.tower.embeddings.patch_embedding.weight.dtype
+        x = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values.to(dtype), **kwargs))
+        place = torch.arange(x.shape[1], device=x.device)[None]
+        # Patches count from 0, so that a position is a place in the image; the class token stands before it.
+        return Tokens.of(
+            x,
+            visual=place > 0,
+            reference=place == 0,
+            position=(place - 1).expand(x.shape[0], -1),
+            sample=sample_number(pixel_values),
+        )
+
+    def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
+        block = self.layers[layer]
+        bias = tokens.size.log() if proportional and layer > 0 else None
+        kernel = block.self_attn.config._attn_implementation
+        mask = key_mask(kernel, tokens.valid, tokens.x.shape[1], False, bias, tokens.x.dtype)
+        output, (q, k, v) = attend(block.self_attn, block.layer_norm1(tokens.x), attention_mask=mask)
+        return tokens.x + output, Attention(q, k, v, block.self_attn.scale, score_bias(tokens, bias))
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        block = self.layers[layer]
+        return x + block.mlp(block.layer_norm2(x))
+
+    def leave(self, layer: int, tokens: Tokens) -> Tokens:
+        if layer in self.features:
+            feature = tokens.x if tokens.feature is None else torch.cat([tokens.feature, tokens.x], -1)
+            tokens = replace(tokens, feature=feature)
+        return tokens
+
+
+def score_bias(tokens: Tokens, bias: Tensor | None) -> Tensor | None:
+    """What is added to the logits of every query: the log sizes, and -inf on padding; None where that is nothing."""
+    if bool(tokens.valid.all()):
+        return bias
+    bias = torch.zeros_like(tokens.size) if bias is None else bias
+    return bias.masked_fill(~tokens.valid, float("-inf"))
+
+
+def shape(model) -> Shape:
+    """Sizes of a CLIP vision tower or of its config."""
+    config = getattr(model, "config", model)
+    heads = config.num_attention_heads
+    width = config.hidden_size
+    side = config.patch_size
+    layers = Layers(config.num_hidden_layers, width, config.intermediate_size, heads, heads, width // heads, 2)
+    return Shape(layers, (config.image_size // side) ** 2, config.num_channels * side * side)
+
+
+@contextmanager
+def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iterator:
+    run = VisionRun()
+
+    def forward(pixel_values=None, interpolate_pos_encoding=False, **unused):
+        stack = ClipVit(model)
+        with part("vision"):
+            tokens = stack.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+            tokens, run.vision = traverse(stack, tokens, plan.vision, part)
+            pooled = stack.tower.post_layernorm(tokens.x[:, 0])
+        return BaseModelOutputWithPooling(last_hidden_state=tokens.x, pooler_output=pooled)
+
+    with replaced(getattr(model, "vision_model", model), forward):
+        yield run

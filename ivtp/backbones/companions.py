@@ -1,0 +1,75 @@
+"""What belongs to a loaded model without being part of it: its processor and the CLIP text encoder paired with its tower."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ivtp.backbones import ModelError, reason
+from ivtp.backbones.guidance import Guide, TextEncoder, load_text_encoder, text_layers
+from ivtp.pruning.cost import Layers
+
+# CLIP ViT-L/14 at 336 pixels is LLaVA-1.5's tower, known by (layers, width, image side); and its text half's sizes.
+KNOWN_CLIPS = {(24, 1024, 336): "openai/clip-vit-large-patch14-336"}
+CLIP_L_TEXT = {"text": Layers(12, 768, 3072, 12, 12, 64, 2), "text_context": 77, "joint": 768}
+
+
+@dataclass
+class Companion:
+    """`text_encoder` is a source until a plan asks for it, then the loaded encoder."""
+
+    processor: object
+    text_encoder: str | TextEncoder | None
+
+
+_companions: weakref.WeakKeyDictionary[nn.Module, Companion] = weakref.WeakKeyDictionary()
+
+
+def accompany(model: nn.Module, processor, text_encoder: str | TextEncoder | None) -> None:
+    """Remember what belongs to `model` for as long as it lives."""
+    config = getattr(model, "config", None)
+    _companions[model] = Companion(processor, text_encoder or _known_clip(config))
+
+
+def _known_clip(config) -> str | None:
+    vision = getattr(config, "vision_config", None)
+    return vision and KNOWN_CLIPS.get((vision.num_hidden_layers, vision.hidden_size, vision.image_size))
+
+
+def guide_for(model: nn.Module) -> Guide:
+    """The guide of a model; loads its text encoder on first use. Raises ModelError if one is missing."""
+    companion = _companions.get(model)
+    if companion is None or companion.processor is None:
+        raise ModelError(
+            "the pseudo CLS needs the model's processor and CLIP text encoder: load the model with ivtp.load_model, or "
+            "register it with ivtp.load_model(model, processor, text_encoder=...)"
+        )
+    if companion.text_encoder is None:
+        raise ModelError(
+            "no CLIP text encoder is known for this vision tower; name the CLIP it comes from with "
+            "ivtp.load_model(..., text_encoder='folder, hub id or open_clip:NAME@PRETRAINED')"
+        )
+    if isinstance(companion.text_encoder, str):
+        try:
+            companion.text_encoder = load_text_encoder(companion.text_encoder, model.device)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(reason(companion.text_encoder, error)) from error
+    return Guide(companion.processor.tokenizer, companion.text_encoder, model.config.image_token_id)
+
+
+def text_sizes(model) -> dict:
+    """Sizes of the text encoder that belongs to a model (or, by its tower, to a config), as fields of `Shape`."""
+    from transformers import CLIPConfig
+
+    companion = _companions.get(model) if isinstance(model, nn.Module) else None
+    encoder = companion.text_encoder if companion else None
+    if isinstance(encoder, str) and (Path(encoder) / "config.json").is_file():
+        clip = CLIPConfig.from_pretrained(encoder)
+        context = clip.text_config.max_position_embeddings
+        return {"text": text_layers(clip.text_config), "text_context": context, "joint": clip.projection_dim}
+    if encoder is not None and not isinstance(encoder, str):
+        return {"text": encoder.sizes, "text_context": encoder.context, "joint": encoder.joint}
+    return CLIP_L_TEXT if _known_clip(getattr(model, "config", model)) else {}

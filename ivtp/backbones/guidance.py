@@ -1,0 +1,220 @@
+"""CLIP text encoders, from transformers or open_clip, and the guide that aligns their tokens with the LLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ivtp.pruning.cost import Layers
+from ivtp.pruning.instruction import Span, Spelled, align, relevance, squeeze, squeezed_spans
+
+
+class TextEncoder(Protocol):
+    """The text half of the CLIP that the vision tower comes from; `sizes`, `context` and `joint` are for its cost."""
+
+    sizes: Layers
+    context: int
+    joint: int
+
+    def encode(self, texts: Sequence[str]) -> list[Spelled]:
+        """Eq. 5: of each text every token's feature in the joint space, begin and end marks left out."""
+
+    def project(self, cls: Tensor) -> Tensor:
+        """The visual CLS "b d", after the tower's last norm, in the joint space."""
+
+
+class TransformersText:
+    """`CLIPTextModelWithProjection` and the visual projection of the same CLIP checkpoint."""
+
+    def __init__(self, model: nn.Module, tokenizer, visual_projection: Tensor) -> None:
+        self.model, self.tokenizer, self.visual_projection = model, tokenizer, visual_projection
+        self.sizes = text_layers(model.config)
+        self.context, self.joint = model.config.max_position_embeddings, visual_projection.shape[0]
+
+    def encode(self, texts: Sequence[str]) -> list[Spelled]:
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        features = encode_chunks(encoded["input_ids"], marks, self.context, self._features)
+        spans = [squeezed_spans(text, o) for text, o in zip(texts, encoded["offset_mapping"], strict=True)]
+        return [Spelled(s, f) for s, f in zip(spans, features, strict=True)]
+
+    def _features(self, rows: list[list[int]]) -> Tensor:
+        longest = max(map(len, rows))
+        padded = [row + [row[-1]] * (longest - len(row)) for row in rows]
+        hidden = self.model.text_model(input_ids=torch.tensor(padded, device=self.model.device)).last_hidden_state
+        return self.model.text_projection(hidden)
+
+    def project(self, cls: Tensor) -> Tensor:
+        return cls @ self.visual_projection.T.to(cls)
+
+
+class OpenClipText:
+    """The text tower and visual projection of an open_clip `CLIP`."""
+
+    def __init__(self, model: nn.Module, tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        block = model.transformer.resblocks[0]
+        width, heads = block.attn.embed_dim, block.attn.num_heads
+        depth, ffn = len(model.transformer.resblocks), block.mlp.c_fc.out_features
+        self.sizes = Layers(depth, width, ffn, heads, heads, width // heads, 2)
+        self.context, self.joint = model.context_length, model.visual.proj.shape[1]
+
+    def encode(self, texts: Sequence[str]) -> list[Spelled]:
+        ids = [self.tokenizer.encode(text) for text in texts]
+        marks = (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id)
+        features = encode_chunks(ids, marks, self.context, self._features)
+        spans = [self._spans(text, tokens) for text, tokens in zip(texts, ids, strict=True)]
+        return [Spelled(s, f) for s, f in zip(spans, features, strict=True)]
+
+    def _features(self, rows: list[list[int]]) -> Tensor:
+        padded = [row + [0] * (self.context - len(row)) for row in rows]  # its attention mask has one fixed size
+        hidden = self.model.forward_intermediates(
+            text=torch.tensor(padded, device=self.model.token_embedding.weight.device),
+            text_indices=1,
+            normalize_intermediates=True,
+            intermediates_only=True,
+        )["text_intermediates"][-1]
+        projection = self.model.text_projection
+        return projection(hidden) if isinstance(projection, nn.Linear) else hidden @ projection
+
+    def project(self, cls: Tensor) -> Tensor:
+        return cls @ self.model.visual.proj.to(cls)
+
+    def _spans(self, text: str, ids: Sequence[int]) -> list[Span]:
+        """open_clip's tokenizer has no offsets: find each token's letters in the text, in order.
+
+        It cleans text first, so a token that the text does not contain spells nothing (an empty span).
+        """
+        letters, at, spans = squeeze(text).lower(), 0, []
+        for token in ids:
+            piece = squeeze(self.tokenizer.decode([token])).lower()
+            found = letters.find(piece, at)
+            if not piece or found < 0:
+                spans.append((at, at))
+                continue
+            at = found + len(piece)
+            spans.append((found, at))
+        return spans
+
+
+def text_layers(config) -> Layers:
+    """Sizes of a transformers CLIP text config."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    return Layers(config.num_hidden_layers, width, config.intermediate_size, heads, heads, width // heads, 2)
+
+
+def encode_chunks(
+    texts: Sequence[Sequence[int]], marks: tuple[int, int], context: int, features: Callable[[list[list[int]]], Tensor]
+) -> list[Tensor]:
+    """Features of every token of every text, all in one batch; the encoder is causal, so padding behind is harmless.
+
+    A text longer than the context goes through in chunks, each with its own marks (the paper does not say; ours).
+    """
+    length = context - 2
+    rows, owner = [], []
+    for number, ids in enumerate(texts):
+        for start in range(0, len(ids), length):
+            rows.append([marks[0], *ids[start : start + length], marks[1]])
+            owner.append(number)
+    found: list[list[Tensor]] = [[] for _ in texts]
+    for number, row, hidden in zip(owner, rows, features(rows), strict=True):
+        found[number].append(hidden[1 : len(row) - 1])
+    return [torch.cat(parts) for parts in found]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text tokens of one prompt: places in the sequence, ids, letters of the instruction they spell."""
+
+    places: list[int]
+    ids: list[int]
+    spans: list[Span]
+    instruction: str
+
+
+class Guide:
+    """Relevance of each token of a prompt to its image (Eq. 5–7), for any two tokenizers.
+
+    instructions  the part of each prompt that CLIP reads (the question); default: all of the prompt's text
+    """
+
+    def __init__(self, tokenizer, encoder: TextEncoder, image_token_id: int) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.ignored = {image_token_id, *tokenizer.all_special_ids}
+        self.instructions: Sequence[str] | None = None
+
+    def __call__(self, input_ids: Tensor, valid: Tensor, cls: Tensor) -> tuple[Tensor, list[list[tuple[str, float]]]]:
+        """Relevance "b n" (-inf where a token is not part of the instruction), and per sample (token, relevance)."""
+        joint = self.encoder.project(cls)
+        prompts = [self._read(sample, row, valid) for sample, row in enumerate(input_ids)]
+        texts = list(dict.fromkeys(prompt.instruction for prompt in prompts))
+        spelled = dict(zip(texts, self.encoder.encode(texts), strict=True))
+        scores = torch.full(input_ids.shape, float("-inf"), device=input_ids.device)
+        words = []
+        for sample, prompt in enumerate(prompts):
+            clip = spelled[prompt.instruction]
+            aligned = align(relevance(joint[sample], clip.features), clip.spans, prompt.spans)
+            scores[sample, torch.tensor(prompt.places, device=scores.device)] = aligned
+            words.append([(self.tokenizer.decode([i]), c) for i, c in zip(prompt.ids, aligned.tolist(), strict=True)])
+        return scores, words
+
+    def _read(self, sample: int, row: Tensor, valid: Tensor) -> Prompt:
+        """What one prompt says, where each of its tokens stands, and which letters of the instruction it spells."""
+        keep = [(i, t) for i, (t, v) in enumerate(zip(row.tolist(), valid[sample].tolist(), strict=True)) if v]
+        keep = [(i, t) for i, t in keep if t not in self.ignored]
+        ids = [t for _, t in keep]
+        text, spans = self._spell(ids)
+        instruction = self._instruction(sample, len(valid), text)
+        shift = squeeze(text).rfind(squeeze(instruction))
+        return Prompt([i for i, _ in keep], ids, [(start - shift, end - shift) for start, end in spans], instruction)
+
+    def _spell(self, ids: list[int]) -> tuple[str, list[Span]]:
+        """The text of some tokens and the characters that each one adds to it, whatever the tokenizer."""
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        again = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        if self.tokenizer.is_fast and again["input_ids"] == ids:
+            return text, squeezed_spans(text, again["offset_mapping"])
+        # Some texts do not come back as the same tokens; then every prefix is spelled out.
+        ends = [0]
+        for count in range(1, len(ids) + 1):
+            prefix = self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+            ends.append(max(ends[-1], len(squeeze(prefix.rstrip("\ufffd")))))
+        return text, list(zip(ends, ends[1:], strict=False))
+
+    def _instruction(self, sample: int, batch: int, text: str) -> str:
+        instruction = text
+        if self.instructions is not None:
+            # Beam search and several return sequences repeat every sample in place.
+            instruction = self.instructions[sample * len(self.instructions) // batch]
+        if not squeeze(instruction):
+            raise ValueError(f"prompt {sample} of the batch has an empty instruction; guidance needs a question")
+        if squeeze(instruction) not in squeeze(text):
+            raise ValueError(f"instruction {instruction!r} does not occur in prompt {sample} of the batch: {text!r}")
+        return instruction
+
+
+def load_text_encoder(source: str, device: str | torch.device = "cpu", revision: str | None = None) -> TextEncoder:
+    """The text encoder from a CLIP checkpoint: a folder or hub id in transformers' format, or `open_clip:NAME[@PRETRAINED]`.
+
+    Raises FileNotFoundError or OSError if it is not there and cannot be fetched.
+    """
+    if source.startswith("open_clip:"):
+        import open_clip
+
+        name, _, pretrained = source.removeprefix("open_clip:").partition("@")
+        model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
+        return OpenClipText(model.eval().to(device), open_clip.get_tokenizer(name))
+    from safetensors import safe_open
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+    from transformers.utils import cached_file
+
+    model = CLIPTextModelWithProjection.from_pretrained(source, revision=revision, use_safetensors=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    with safe_open(Path(cached_file(source, "model.safetensors", revision=revision)), "pt") as weights:
+        projection = weights.get_tensor("visual_projection.weight")
+    return TransformersText(model.to(device), tokenizer, projection.to(device))

@@ -1,0 +1,80 @@
+"""transformers' Llama-like decoders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ivtp.backbones.clip_vit import score_bias
+from ivtp.backbones.transformers_attention import attend, key_mask
+from ivtp.pruning.attention import Attention
+from ivtp.pruning.tokens import Tokens
+
+
+class Llama:
+    """A `LlamaModel` as a stack, with the key-value cache whose layers hold as many tokens as each layer saw.
+
+    cache     a transformers `DynamicCache`, or None
+    earlier   for every layer "b m": which of the keys in the cache may be seen; empty before the prefill
+    part1     after this many leading layers `on_part1` is called; it may take the appended reference token away
+    renumber  positions close up over pruned tokens instead of staying what they were
+    """
+
+    def __init__(
+        self, decoder: nn.Module, cache=None, earlier: list[Tensor] | None = None, renumber: bool = False
+    ) -> None:
+        self.decoder = decoder
+        self.layers = decoder.layers[: decoder.config.num_hidden_layers]
+        self.depth = len(self.layers)
+        self.cache = cache
+        self.earlier = earlier or []
+        self.valid: list[Tensor] = []
+        self.renumber = renumber
+        self.part1, self.on_part1 = 0, None
+        self._rotary: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
+        block = self.layers[layer]
+        n = tokens.x.shape[1]
+        valid = torch.cat([self.earlier[layer], tokens.valid], 1) if self.earlier else tokens.valid
+        self.valid.append(valid)
+        bias = None
+        if proportional and layer > 0 and not self.earlier:
+            bias = tokens.size.log()
+        kernel = block.self_attn.config._attn_implementation
+        output, (q, k, v) = attend(
+            block.self_attn,
+            block.input_layernorm(tokens.x),
+            attention_mask=key_mask(kernel, valid, n, True, bias, tokens.x.dtype),
+            position_embeddings=self._position_embeddings(tokens, valid),
+            past_key_values=self.cache,
+        )
+        attention = Attention(q, k, v, block.self_attn.scaling, score_bias(tokens, bias), causal=True)
+        return tokens.x + output, attention
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        block = self.layers[layer]
+        return x + block.mlp(block.post_attention_layernorm(x))
+
+    def leave(self, layer: int, tokens: Tokens) -> Tokens:
+        if self.on_part1 is not None and layer == self.part1 - 1:
+            tokens = self.on_part1(tokens)
+        return tokens
+
+    def forget_last(self, layers: int) -> None:
+        """Remove the last token from what the first `layers` layers remember."""
+        for layer in range(layers):
+            self.valid[layer] = self.valid[layer][:, :-1]
+            if self.cache is not None:
+                stored = self.cache.layers[layer]
+                stored.keys, stored.values = stored.keys[:, :, :-1], stored.values[:, :, :-1]
+
+    def _position_embeddings(self, tokens: Tokens, valid: Tensor) -> tuple[Tensor, Tensor]:
+        position = tokens.position
+        if self.renumber:
+            position = (valid.long().cumsum(1) - 1).clamp_min(0)[:, -tokens.x.shape[1] :]
+        elif self._rotary is not None and self._rotary[0] is position:
+            return self._rotary[1]
+        rotary = self.decoder.rotary_emb(tokens.x, position)
+        self._rotary = (position, rotary)
+        return rotary

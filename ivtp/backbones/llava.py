@@ -1,0 +1,257 @@
+"""LLaVA: tower, projector, placeholders, decoder, with a plan for both sites."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+
+from ivtp.backbones import replaced
+from ivtp.backbones.clip_vit import ClipVit
+from ivtp.backbones.clip_vit import shape as clip_shape
+from ivtp.backbones.companions import guide_for, text_sizes
+from ivtp.backbones.llama import Llama
+from ivtp.pruning.cost import Layers, Shape
+from ivtp.pruning.instruction import pseudo_cls
+from ivtp.pruning.pruner import Plan
+from ivtp.pruning.scores import mix
+from ivtp.pruning.tokens import Selection, Tokens, put
+from ivtp.pruning.traverse import Kept, traverse
+
+
+@dataclass
+class Trace:
+    """What happened in the last prefill.
+
+    vision, language  one entry per cut; positions are patch indices in the image, on both sites
+    early             logits "b vocabulary" read out at the end of part 1 through the final norm and the LM head
+    words             per sample: (text, relevance) of every instruction token, when guidance was used
+    """
+
+    vision: list[Kept] = field(default_factory=list)
+    language: list[Kept] = field(default_factory=list)
+    early: Tensor | None = None
+    words: list[list[tuple[str, float]]] | None = None
+
+    @property
+    def kept(self) -> Kept | None:
+        """The last cut of all."""
+        cuts = [*self.vision, *self.language]
+        return cuts[-1] if cuts else None
+
+
+class PrunedLlava:
+    """Stands in for the forward of a `LlavaModel` while a plan is in force; owns the loop, not the layers.
+
+    guide     callable (input_ids, valid, visual_cls) → relevance "b n" and words; needed for the pseudo CLS only
+    read_at   number of layers after which `Trace.early` is read out; 0: never
+    part      entered around each part of the work: "vision", "projector", "text_encoder", "language", "pruner"
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        guide: Callable | None = None,
+        read_at: int = 0,
+        part: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.model, self.plan, self.guide, self.read_at, self.part = model, plan, guide, read_at, part
+        self.llava = model.model
+        self.config = model.config
+        self.trace = Trace()
+        # Which keys of each layer are real, for every cache that a prefill filled; a cache that is gone takes it along.
+        self._valid: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        if plan.appends_reference and plan.reference == "pseudo_cls" and guide is None:
+            raise ValueError(
+                "this plan builds a pseudo CLS and needs the model's processor and CLIP text encoder: load the model "
+                "with ivtp.load_model, or pass processor= and text_encoder= to ivtp.load_model for a model you have"
+            )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **unused,
+    ) -> LlavaModelOutputWithPast:
+        """The signature of `LlavaModel.forward`; hidden states come back as short as the pruning left them."""
+        for wish in ("output_attentions", "output_hidden_states"):
+            if unused.get(wish):
+                raise ValueError(
+                    f"{wish}=True: layers have different lengths under pruning; use the run's trace instead"
+                )
+        if inputs_embeds is not None or input_ids is None:
+            raise ValueError("under pruning, give input_ids: the image tokens cannot be found in inputs_embeds")
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return self._decode(input_ids, attention_mask, position_ids, past_key_values)
+        if use_cache is None:
+            use_cache = self.llava.language_model.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.llava.language_model.config)
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+            raise ValueError(
+                f"{type(past_key_values).__name__} has one length for all layers, but pruning leaves a different one in "
+                "each; use the default cache_implementation='dynamic'"
+            )
+        return self._prefill(input_ids, pixel_values, attention_mask, position_ids, past_key_values)
+
+    def _prefill(self, input_ids, pixel_values, attention_mask, position_ids, cache) -> LlavaModelOutputWithPast:
+        self.trace = Trace()
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        placeholders = self._placeholders(input_ids, pixel_values)
+        with self.part("vision"):
+            seen, cls_feature, cls_last = self._see(pixel_values)
+        with self.part("projector"):
+            features = self.llava.multi_modal_projector(seen.of_visual(seen.feature))
+
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        tokens = self._fill(input_ids, position_ids, valid, placeholders, seen, features)
+        first = position_ids.gather(1, placeholders[:, :1])  # where patch 0 stands: positions → patch indices
+        if self.plan.appends_reference:
+            tokens = tokens.append(self._reference(input_ids, valid, cls_feature, cls_last))
+
+        stack = Llama(self.llava.language_model, cache, renumber=self.plan.position_ids == "renumber")
+        stack.part1 = self.plan.part1 if self.plan.appends_reference else self.read_at
+        stack.on_part1 = lambda tokens: self._end_part1(stack, tokens) if stack.part1 else tokens
+        with self.part("language"):
+            tokens, cuts = traverse(stack, tokens, self.plan.language, self.part)
+            hidden = self.llava.language_model.norm(tokens.x)
+        self.trace.language = [Kept(c.layer, c.after, c.position - first, c.valid) for c in cuts]
+        if cache is not None:
+            self._valid[cache] = stack.valid
+        return LlavaModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, image_hidden_states=features)
+
+    def _decode(self, input_ids, attention_mask, position_ids, cache) -> LlavaModelOutputWithPast:
+        if cache not in self._valid:
+            raise ValueError("this key-value cache was not filled under the pruning that is in force; prefill it here")
+        valid = torch.ones_like(input_ids, dtype=torch.bool)
+        if position_ids is None:
+            if attention_mask is None:
+                raise ValueError("decoding under pruning needs position_ids or the full attention_mask of the prompt")
+            position_ids = (attention_mask.long().cumsum(1) - 1)[:, -input_ids.shape[1] :]
+        x = self.llava.get_input_embeddings()(input_ids)
+        tokens = Tokens.of(x, torch.zeros_like(valid), torch.zeros_like(valid), position=position_ids, valid=valid)
+        stack = Llama(
+            self.llava.language_model, cache, self._valid[cache], renumber=self.plan.position_ids == "renumber"
+        )
+        tokens, _ = traverse(stack, tokens)
+        self._valid[cache] = stack.valid
+        return LlavaModelOutputWithPast(
+            last_hidden_state=self.llava.language_model.norm(tokens.x), past_key_values=cache
+        )
+
+    def _placeholders(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Where the image tokens of each prompt stand, "b v"."""
+        image = input_ids == self.config.image_token_id
+        counts = image.sum(1)
+        expected = self.config.image_seq_length
+        for sample, count in enumerate(counts.tolist()):
+            if count != expected:
+                raise ValueError(
+                    f"prompt {sample} of the batch has {count} image tokens, but one image makes {expected}; "
+                    "each prompt needs exactly one <image> and one image"
+                )
+        if pixel_values is None or pixel_values.shape[0] != input_ids.shape[0]:
+            given = 0 if pixel_values is None else pixel_values.shape[0]
+            raise ValueError(f"{input_ids.shape[0]} prompts, but {given} images; each prompt needs exactly one image")
+        return image.nonzero()[:, 1].view(input_ids.shape[0], expected)
+
+    def _see(self, pixel_values: Tensor) -> tuple[Tokens, Tensor, Tensor]:
+        """The pruned tower: its visual tokens, and the class token at the feature layer and at the end."""
+        layers = self.config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else list(layers)
+        depth = self.config.vision_config.num_hidden_layers
+        # hidden_states[i] is the input of layer i: hidden_states[-2] leaves layer depth - 2.
+        stack = ClipVit(self.llava.vision_tower, tuple(layer % (depth + 1) - 1 for layer in layers))
+        if self.config.vision_feature_select_strategy != "default":
+            raise ValueError(
+                f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r} passes the class token "
+                "on as an image token; pruning supports 'default' (patches only)"
+            )
+        tokens, self.trace.vision = traverse(stack, stack.embed(pixel_values), self.plan.vision, self.part)
+        cls = stack.tower.post_layernorm(tokens.x[:, 0])
+        return tokens, tokens.feature[:, 0], cls
+
+    def _fill(self, input_ids, position_ids, valid, placeholders, seen: Tokens, features: Tensor) -> Tokens:
+        """The prompt with the surviving features at their places; the placeholders of the others are gone."""
+        x = self.llava.get_input_embeddings()(input_ids)
+        position, slot = seen.of_visual(seen.position).sort(dim=1)  # raster order, whatever order merging left
+        features = features.gather(1, slot[:, :, None].expand_as(features))
+        size, real = (seen.of_visual(t).gather(1, slot) for t in (seen.size, seen.valid))
+        last = torch.arange(input_ids.shape[1], device=input_ids.device)[None] == input_ids.shape[1] - 1
+        ids = (input_ids * valid).long()
+        words = mix((ids * (2 * position_ids + 1)).sum(1))
+        tokens = Tokens.of(
+            x,
+            visual=torch.zeros_like(valid).scatter(1, placeholders, True),
+            reference=last,
+            position=position_ids,
+            valid=valid,
+            sample=mix(seen.sample + words),
+        )
+        if position.shape[1] == placeholders.shape[1] and bool(real.all()):
+            return tokens.with_x(put(x, placeholders, features))
+        return tokens.keep(Selection(position, valid=real), lambda *_: (features, size), None)
+
+    def _reference(self, input_ids: Tensor, valid: Tensor, cls_feature: Tensor, cls_last: Tensor) -> Tensor:
+        """The token appended for part 1 (Eq. 8): the pseudo CLS, or the projected visual CLS."""
+        with self.part("text_encoder"):
+            visual_cls = self.llava.multi_modal_projector(cls_feature[:, None])[:, 0]
+            if self.plan.reference == "visual_cls":
+                return visual_cls
+            relevance, self.trace.words = self.guide(input_ids, valid, cls_last)
+            x = self.llava.get_input_embeddings()(input_ids)
+            return pseudo_cls(x, relevance, self.plan.tau, visual_cls)
+
+    def _end_part1(self, stack: Llama, tokens: Tokens) -> Tokens:
+        if self.plan.appends_reference:
+            tokens = tokens.without_last()
+            stack.forget_last(stack.part1)
+        if self.read_at:
+            self.trace.early = self.model.lm_head(self.llava.language_model.norm(tokens.x[:, -1]))
+        return tokens
+
+
+def shape(model) -> Shape:
+    """Sizes of a LLaVA model or of its config, its paired CLIP text encoder included."""
+    config = getattr(model, "config", model)
+    features = config.vision_feature_layer
+    language = config.text_config
+    heads = language.num_attention_heads
+    kv_heads = getattr(language, "num_key_value_heads", None) or heads
+    head_width = getattr(language, "head_dim", None) or language.hidden_size // heads
+    sizes = Layers(
+        language.num_hidden_layers, language.hidden_size, language.intermediate_size, heads, kv_heads, head_width, 3
+    )
+    return replace(
+        clip_shape(config.vision_config),
+        projector_in=config.vision_config.hidden_size * (1 if isinstance(features, int) else len(features)),
+        language=sizes,
+        vocabulary=language.vocab_size,
+        **text_sizes(model),
+    )
+
+
+@contextmanager
+def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iterator:
+    needs_guide = plan.appends_reference and plan.reference == "pseudo_cls"
+    guide = guide_for(model) if needs_guide else None
+    if guide is not None:
+        guide.instructions = [instruction] if isinstance(instruction, str) else instruction
+    run = PrunedLlava(model, plan, guide, read_at, part)
+    # `generate` of newer transformers encodes images by itself before the prefill, unless the model cannot take that.
+    whole_prefill = replaced(model, lambda: False, "_supports_mm_encoder_outputs")
+    with replaced(model.model, run.forward), whole_prefill:
+        yield run

@@ -1,0 +1,107 @@
+"""timm's `VisionTransformer`, with class token or average pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ivtp.backbones import VisionRun, replaced
+from ivtp.backbones.clip_vit import sample_number, score_bias
+from ivtp.pruning.attention import Attention
+from ivtp.pruning.cost import Layers, Shape
+from ivtp.pruning.pruner import Plan
+from ivtp.pruning.tokens import Tokens
+from ivtp.pruning.traverse import traverse
+
+
+class TimmVit:
+    """A timm `VisionTransformer` as a stack.
+
+    Without a class token every patch refers: a patch's importance is the attention it gets from all of them, which is
+    what average pooling reads. Register tokens are neither pruned nor asked.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.depth = len(model.blocks)
+        for block in model.blocks:
+            if not all(hasattr(block, name) for name in ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")):
+                raise TypeError(f"timm block {type(block).__name__} cannot be opened between attention and FFN")
+            if not all(hasattr(block.attn, name) for name in ("qkv", "q_norm", "k_norm", "scale")):
+                raise TypeError(f"timm attention {type(block.attn).__name__} does not show q, k and v")
+
+    def embed(self, image: Tensor) -> Tokens:
+        x = self.model.patch_embed(image)
+        x = self.model.norm_pre(self.model.patch_drop(self.model._pos_embed(x)))
+        prefix = self.model.num_prefix_tokens
+        place = torch.arange(x.shape[1], device=x.device)[None]
+        has_cls = self.model.cls_token is not None
+        return Tokens.of(
+            x,
+            visual=place >= prefix,
+            reference=(place == 0) if has_cls else (place >= prefix),
+            position=(place - prefix).expand(x.shape[0], -1),
+            sample=sample_number(image),
+        )
+
+    def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
+        block = self.model.blocks[layer]
+        bias = score_bias(tokens, tokens.size.log() if proportional and layer > 0 else None)
+        mask = None if bias is None else bias[:, None, None, :].to(tokens.x.dtype)
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            getattr(block.attn, name).register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
+            for name in ("qkv", "q_norm", "k_norm")
+        ]
+        try:
+            x = tokens.x + block.drop_path1(block.ls1(block.attn(block.norm1(tokens.x), attn_mask=mask)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        q, k = seen["q_norm"], seen["k_norm"]
+        b, h, n, e = q.shape
+        v = seen["qkv"].view(b, n, 3, h, e)[:, :, 2].transpose(1, 2)
+        return x, Attention(q, k, v, block.attn.scale, bias)
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        block = self.model.blocks[layer]
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    def leave(self, layer: int, tokens: Tokens) -> Tokens:
+        return tokens
+
+
+def shape(model) -> Shape:
+    """Sizes of a timm `VisionTransformer`."""
+    block = model.blocks[0]
+    heads, head_width = block.attn.num_heads, block.attn.head_dim
+    layers = Layers(len(model.blocks), model.embed_dim, block.mlp.fc1.out_features, heads, heads, head_width, 2)
+    projection = model.patch_embed.proj
+    inputs = projection.in_channels * projection.kernel_size[0] * projection.kernel_size[1]
+    return Shape(
+        layers,
+        model.patch_embed.num_patches,
+        inputs,
+        prefix=model.num_prefix_tokens,
+        has_cls=model.cls_token is not None,
+        classes=getattr(model.head, "out_features", 0),
+    )
+
+
+@contextmanager
+def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iterator:
+    run = VisionRun()
+    stack = TimmVit(model)
+
+    def forward_features(image, attn_mask=None, is_causal=False):
+        if attn_mask is not None or is_causal:
+            raise ValueError("a masked timm forward cannot be pruned; call the model without attn_mask and is_causal")
+        with part("vision"):
+            tokens, run.vision = traverse(stack, stack.embed(image), plan.vision, part)
+            return model.norm(tokens.x)
+
+    with replaced(model, forward_features, "forward_features"):
+        yield run

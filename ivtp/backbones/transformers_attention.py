@@ -1,0 +1,76 @@
+"""See q, k, v of a transformers attention module while its own kernel computes the output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "ivtp_recording"
+
+
+def _recording(module, query, key, value, attention_mask, *, ivtp_kernel: str, ivtp_record: Callable, **kwargs):
+    ivtp_record(query, key, value)
+    # Every modelling file of transformers has its eager attention as a function of this name.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(ivtp_kernel, eager)
+    return kernel(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, _recording)
+
+
+def attend(module, hidden_states: Tensor, **kwargs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Call the attention module as it is; returns its output and the (q, k, v) that its kernel was given."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    config = module.config
+    kernel = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        output = module(
+            hidden_states=hidden_states,
+            ivtp_kernel=kernel,
+            ivtp_record=lambda q, k, v: seen.append((q, k, v)),
+            **kwargs,
+        )[0]
+    finally:
+        config._attn_implementation = kernel
+    return output, seen[0]
+
+
+def key_mask(
+    kernel: str, valid: Tensor, queries: int, causal: bool, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """The mask that `kernel` expects, or None where it needs none, so that the fused kernel stays in use.
+
+    valid  "b m" keys that may be seen; the last `queries` of them are the queries' own
+    bias   "b m" added to the logits (log size of merged tokens)
+    """
+    m = valid.shape[1]
+    if (
+        bias is None
+        and bool(valid.all())
+        and (queries in (1, m))
+        and not (kernel == "eager" and causal and queries > 1)
+    ):
+        return None
+    if kernel.startswith("flash_attention"):
+        if bias is not None:
+            raise ValueError(
+                "attn_implementation='flash_attention_2' takes no attention bias, which proportional attention (tome) "
+                "needs; load the model with attn_implementation='sdpa'"
+            )
+        return valid
+    mask = valid[:, None, None, :].expand(-1, 1, queries, -1)
+    if causal:
+        place = torch.arange(m - queries, m, device=valid.device)
+        mask = mask & (torch.arange(m, device=valid.device) <= place[:, None])
+    if kernel == "sdpa" and bias is None:
+        return mask
+    low = torch.finfo(dtype).min
+    added = torch.zeros_like(valid, dtype=dtype) if bias is None else bias.to(dtype)
+    return added[:, None, None, :].expand_as(mask).masked_fill(~mask, low)

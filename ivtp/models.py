@@ -1,0 +1,123 @@
+"""Load a model, prune a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+from torch import nn
+
+from ivtp.backbones import FAMILIES, ModelError, family, reason
+from ivtp.pruners import load_pruner
+from ivtp.pruners.sites import part1_layers
+from ivtp.pruning.cost import Shape
+from ivtp.pruning.pruner import Plan
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = {"tiny": ASSETS / "tiny"}
+
+
+def load_model(
+    source: str | Path | nn.Module,
+    processor=None,
+    text_encoder=None,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+):
+    """A frozen model and its processor, ready for `prune`.
+
+    source        "tiny" (embedded), a folder, a hub id, or a model that you already have (then give its processor)
+    text_encoder  the CLIP text encoder paired with the vision tower: a folder or hub id, "open_clip:NAME@PRETRAINED",
+                  or an object with `encode` and `project`; default: the folder `clip` inside the checkpoint, or the
+                  CLIP that the tower is known to come from. It is loaded only when a plan asks for it.
+    Raises ModelError, in one line, for what is missing, truncated, or not stored as safetensors.
+    """
+    if isinstance(source, nn.Module):
+        model = source
+        where = getattr(source, "name_or_path", "") or ""
+    else:
+        where = str(EMBEDDED.get(str(source), source))
+        model, found = _from_pretrained(where, dtype, revision, attn_implementation)
+        processor = processor or found
+    from ivtp.backbones.companions import accompany
+
+    model = model.eval().requires_grad_(False).to(device)
+    if text_encoder is None and (Path(where) / "clip").is_dir():
+        text_encoder = str(Path(where) / "clip")
+    accompany(model, processor, text_encoder)
+    return model, processor
+
+
+def _from_pretrained(where: str, dtype: str, revision: str | None, attn_implementation: str | None):
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    folder = Path(where)
+    if folder.is_absolute() or where.startswith(("./", "../")) or folder.exists():
+        _check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision)
+    except Exception as error:
+        raise ModelError(reason(where, error)) from error
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"{where} is a {config.model_type!r} model; supported: {', '.join(sorted(FAMILIES))}")
+    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            where, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
+        )
+        processor = AutoProcessor.from_pretrained(where, revision=revision)
+    except Exception as error:
+        raise ModelError(reason(where, error)) from error
+    if info["missing_keys"]:
+        raise ModelError(f"{where} lacks weights, e.g. {sorted(info['missing_keys'])[0]}; the checkpoint is incomplete")
+    return model, processor
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder} does not exist; give a folder with config.json and *.safetensors")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model folder {folder} has no config.json; it is not a checkpoint of transformers")
+    if not list(folder.glob("*.safetensors")):
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        if pickles:
+            raise ModelError(
+                f"model folder {folder} holds {pickles[0]}, a pickle, which is never opened here; "
+                "convert it to safetensors (model.save_pretrained(folder, safe_serialization=True))"
+            )
+        raise ModelError(f"model folder {folder} has no *.safetensors weights")
+
+
+def shape_of(model) -> Shape:
+    """The sizes that pruning and cost depend on, of a model or of a transformers config."""
+    return family(model).shape(model)
+
+
+@contextmanager
+def prune(
+    model: nn.Module,
+    pruner: str | Plan = "ivtp",
+    *,
+    instruction: str | Sequence[str] | None = None,
+    read_early: bool = False,
+    part: Callable[[str], AbstractContextManager] = nullcontext,
+    **settings,
+) -> Iterator:
+    """Within the context `model` runs pruned: its own forward, and transformers' own `generate`.
+
+    pruner       a name from `list_pruners()`, with its settings (`keep=16`, `group=3`, `tau=0.2`, …), or a Plan
+    instruction  the part of each prompt that guidance reads (the question); default: all text of the prompt
+    read_early   also read the answer out after part 1 (`run.trace.early`)
+    Yields a run whose `trace` tells which tokens each cut of the last prefill kept. On exit, by an exception too, the
+    model is what it was before.
+    """
+    plan = load_pruner(pruner, shape_of(model), **settings) if isinstance(pruner, str) else pruner
+    read_at = part1_layers(shape_of(model)) if read_early else 0
+    if plan.language is not None and read_early:
+        read_at = plan.part1 or read_at
+    with family(model).prune(model, plan, instruction, read_at, part) as run:
+        yield run

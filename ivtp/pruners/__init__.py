@@ -1,0 +1,57 @@
+"""Methods by name: each is a function (shape, keep, settings) → Plan, a composition of the four choices.
+
+Add one with `@register_pruner`, or from another package with the entry point group `ivtp.pruners`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+from ivtp.pruning.cost import Shape
+from ivtp.pruning.pruner import Plan
+from ivtp.pruning.schedules import check
+from ivtp.registry import Registry, UnknownName, unknown
+
+PRUNERS = Registry("pruner", "ivtp.pruners")
+register_pruner = PRUNERS.register
+
+
+def list_pruners() -> list[str]:
+    """The names of all pruners, those of installed third-party packages included."""
+    return PRUNERS.names()
+
+
+def load_pruner(name: str, shape: Shape, position_ids: str = "keep", **settings) -> Plan:
+    """The plan of method `name` for a model of this shape; refuses what cannot be carried out.
+
+    Raises ValueError for an unknown name or setting, and for a budget that the model or the method cannot meet.
+    """
+    build = PRUNERS[name]
+    accepted = [p for p in inspect.signature(build).parameters if p != "shape"]
+    for key in settings:
+        if key not in accepted:
+            raise UnknownName(unknown(f"setting of pruner {name!r}:", key, [*accepted, "position_ids"]))
+    keep = settings.get("keep")
+    if "keep" in settings and (isinstance(keep, bool) or not isinstance(keep, int)):
+        raise ValueError(f"keep={keep!r} must be a whole number of visual tokens between 1 and {shape.patches}")
+    if keep is not None and not 1 <= keep <= shape.patches:
+        raise ValueError(
+            f"keep={keep}, but an image has {shape.patches} visual tokens; keep between 1 and {shape.patches}"
+        )
+    if "keep" in accepted and keep is None:
+        raise ValueError(f"pruner {name!r} needs keep: how many visual tokens stay, between 1 and {shape.patches}")
+    plan = replace(build(shape, **settings), position_ids=position_ids)
+    v = shape.patches
+    if plan.vision is not None:
+        check(plan.vision.schedule, v, shape.vision.depth, "vision")
+        v = plan.vision.schedule[-1].keep if plan.vision.schedule else v
+    if plan.language is not None:
+        if shape.language is None:
+            raise ValueError(f"pruner {name!r} prunes inside a language model, but this model has none")
+        check(plan.language.schedule, v, shape.language.depth, "language")
+    return plan
+
+
+# Each module registers its pruners when it is imported.
+from ivtp.pruners import baselines, ivtp, tome  # noqa: E402, F401

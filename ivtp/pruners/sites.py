@@ -1,0 +1,27 @@
+"""Where methods prune by default: layers and groups of each site."""
+
+from __future__ import annotations
+
+from ivtp.pruning.cost import Shape
+from ivtp.pruning.schedules import Cut, equal_ratio, group_ends
+
+
+def vision_layers(shape: Shape) -> int:
+    """Layers of the vision tower that are grouped: the largest multiple of 12, so that groups of 2, 3, 4, 6 and all of
+    them end at the same layer (24 of 24 in LLaVA-1.5; 12 of 13 in the embedded model, whose feature is read there).
+    Towers of fewer than 12 layers are grouped whole. Our choice; the paper has 24 layers only."""
+    depth = shape.vision.depth
+    return depth - depth % 12 if depth >= 12 else depth
+
+
+def part1_layers(shape: Shape) -> int:
+    """W, the leading LLM layers in which the paper prunes: 3/8 of them, at most 12 (12 of 32 for 7B; 12 taken for 13B)."""
+    depth = shape.language.depth if shape.language else 0
+    return max(1, min(12, 3 * depth // 8)) if depth else 0
+
+
+def grouped(layers: int, group: int | str, tokens: int, keep: int, after: str = "attn") -> tuple[Cut, ...]:
+    """One cut at the end of every group, each keeping the same share, down to `keep`."""
+    ends = group_ends(layers, group)
+    counts = equal_ratio(tokens, keep, len(ends))
+    return tuple(Cut(layer, count, after) for layer, count in zip(ends, counts, strict=True))

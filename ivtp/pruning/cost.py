@@ -1,0 +1,162 @@
+"""Closed-form cost: FLOPs = 2 × MAC of all matrix products of a prefill, known before the first image.
+
+The convention is the one that gives the IVTP paper's own numbers: batch 1, attention counted in full (not halved for
+causality), the LM head on every position, the patch convolution included. Maps are taken as given, as in eager
+attention; `streamed=True` adds what scores cost when no map is formed, which is what this package really executes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ivtp.pruning.pruner import Plan, Pruner
+from ivtp.pruning.schedules import check
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A stack of transformer layers; `ffn_matrices` is 2 for an MLP, 3 for a gated one."""
+
+    depth: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    ffn_matrices: int
+
+    def attention(self, n: int) -> int:
+        projections = 4 * n * self.width * (self.heads + self.kv_heads) * self.head_width
+        return projections + 4 * n * n * self.heads * self.head_width
+
+    def mlp(self, n: int) -> int:
+        return 2 * self.ffn_matrices * n * self.width * self.ffn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that pruning and its cost depend on.
+
+    patches       visual tokens of one image before pruning
+    patch_inputs  numbers in one patch (3 × side²)
+    prefix        tokens before the patches (class token, registers)
+    has_cls       one of them is a class token
+    projector_in  width of what the projector reads (several feature layers are joined)
+    text          the CLIP text encoder that is paired with the vision tower; joint: width of their common space
+    """
+
+    vision: Layers
+    patches: int
+    patch_inputs: int
+    prefix: int = 1
+    has_cls: bool = True
+    classes: int = 0
+    projector_in: int = 0
+    language: Layers | None = None
+    vocabulary: int = 0
+    text: Layers | None = None
+    text_context: int = 77
+    joint: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one prefill per part, and the visual tokens: before pruning, then after every cut."""
+
+    vision: int
+    projector: int
+    language: int
+    text_encoder: int
+    pruner: int
+    tokens: tuple[int, ...]
+
+    @property
+    def extra(self) -> int:
+        """What the method adds to the model: the CLIP text pass and the scores."""
+        return self.text_encoder + self.pruner
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.projector + self.language + self.extra
+
+    def tflops(self) -> dict[str, float]:
+        parts = ("vision", "projector", "language", "extra", "total")
+        return {part: getattr(self, part) / 1e12 for part in parts}
+
+
+def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = None, streamed: bool = False) -> Cost:
+    """Cost of one image with `text` prompt tokens around it.
+
+    instruction  tokens that the CLIP text encoder reads, its begin and end marks included; default: one full context
+    """
+    counts = [shape.patches]
+    vision, scores, v = _stack(shape.vision, shape.prefix, shape.patches, plan.vision, 0, counts, "vision")
+    vision += 2 * shape.patches * shape.patch_inputs * shape.vision.width
+    vision += 2 * shape.vision.width * shape.classes
+    projector = language = text_encoder = 0
+    if shape.language is not None:
+        width = shape.language.width
+        projector = 2 * v * (shape.projector_in * width + width * width)
+        appended = plan.part1 if plan.appends_reference else 0
+        language, more, v = _stack(shape.language, text, v, plan.language, appended, counts, "language")
+        language += 2 * (v + text) * width * shape.vocabulary
+        scores += more
+        if plan.appends_reference:
+            text_encoder = 2 * (shape.projector_in * width + width * width)  # the projected visual CLS
+        if plan.appends_reference and plan.reference == "pseudo_cls":
+            text_encoder += _text_pass(shape, instruction)
+    return Cost(vision, projector, language, text_encoder, scores if streamed else 0, tuple(counts))
+
+
+def _stack(
+    stack: Layers, others: int, v: int, pruner: Pruner | None, appended: int, counts: list[int], site: str
+) -> tuple[int, int, int]:
+    """FLOPs of the layers, of the scores, and the visual tokens that leave; `appended`: layers with one token more."""
+    schedule = pruner.schedule if pruner else ()
+    check(tuple(schedule), v, stack.depth, site)
+    cuts = {(cut.layer, cut.after): cut.keep for cut in schedule}
+    total = scores = group = 0
+
+    def cut(layer: int, after: str, n: int) -> None:
+        nonlocal v, scores, group
+        keep = cuts.get((layer, after))
+        if keep is None:
+            return
+        if keep < v:
+            scores += pruner_flops(pruner, group, n, v, keep, stack)
+        v, group = keep, 0
+        counts.append(v)
+
+    cut(-1, "block", others + v)
+    for layer in range(stack.depth):
+        extra = others + (1 if layer < appended else 0)
+        group += 1
+        total += stack.attention(extra + v)
+        cut(layer, "attn", extra + v)
+        total += stack.mlp(extra + v)
+        cut(layer, "block", extra + v)
+    return total, scores, v
+
+
+def pruner_flops(pruner: Pruner, group: int, n: int, v: int, keep: int, stack: Layers) -> int:
+    """Matrix products of one cut; scores and selects that form none, or do not say, count nothing."""
+    total = 0
+    for choice in (pruner.score, pruner.select):
+        count = getattr(choice, "flops", None)
+        if count is not None:
+            total += count(group=group, n=n, v=v, keep=keep, heads=stack.heads, head_width=stack.head_width)
+    return total
+
+
+def _text_pass(shape: Shape, instruction: int | None) -> int:
+    """The CLIP text encoder over the instruction, in chunks of its context, and both projections into the joint space."""
+    if shape.text is None:
+        return 0
+    left = instruction or shape.text_context
+    total = 2 * shape.vision.width * shape.joint
+    while left > 0:
+        n = min(left, shape.text_context)
+        left -= n
+        total += shape.text.depth * (shape.text.attention(n) + shape.text.mlp(n))
+        total += 2 * n * shape.text.width * shape.joint
+    return total

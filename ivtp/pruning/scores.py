@@ -1,0 +1,133 @@
+"""Scores: (attentions since the last cut, tokens) → how much each visual token matters, "b v", float32, higher stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ivtp.pruning.attention import Attention
+from ivtp.pruning.tokens import Tokens
+
+COMBINES = ("residual", "mean", "max", "multiply")
+
+
+class Score(Protocol):
+    """`needs` says how many of the layers since the last cut are read: "group", "last" or "none"."""
+
+    needs: str
+
+    def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]: ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Attention rollout inside the group of layers since the last cut (IVTP, Eq. 3 and 4; arXiv 2005.00928 for rollout).
+
+    combine     residual: Ã^l = (A^l + I) Ã^(l-1) (Eq. 3); multiply: the same without I; mean, max: over the layers' rows
+    value_norm  weigh by ‖V‖ of the group's last layer (Eq. 4)
+    Only the reference row of Ã is needed, so it is pushed through the layers from the last to the first, O(n) memory.
+    """
+
+    combine: str = "residual"
+    value_norm: bool = True
+    needs = "group"
+
+    def __post_init__(self) -> None:
+        if self.combine not in COMBINES:
+            raise ValueError(f"combine={self.combine!r} is not one of {', '.join(COMBINES)}")
+
+    def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]:
+        if self.combine in ("mean", "max"):
+            rows = torch.stack([reference_row(attention, tokens) for attention in seen])
+            row = rows.mean(0) if self.combine == "mean" else rows.amax(0)
+        else:
+            row = reference_row(seen[-1], tokens)
+            if len(seen) > 1 and self.combine == "residual":
+                row = row + reference_weight(tokens)
+            for depth, attention in enumerate(reversed(seen[:-1]), start=2):
+                pushed = attention.propagate(row)
+                # The first layer of the group carries no residual: Ã^{l1} = A^{l1}.
+                row = pushed + row if self.combine == "residual" and depth < len(seen) else pushed
+        return importance(row, seen[-1], tokens, self.value_norm)
+
+    def flops(self, group: int, n: int, heads: int, head_width: int, **_: int) -> int:
+        """Matrix products of the streamed form, for one referring token."""
+        if self.combine in ("mean", "max"):
+            return group * row_flops(n, heads, head_width)
+        return row_flops(n, heads, head_width) + (group - 1) * (n * row_flops(n, heads, head_width) + 2 * n * n)
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """The reference's attention in the current layer only: TopK and the "layer-wise" row of the paper's Table 4."""
+
+    value_norm: bool = False
+    needs = "last"
+
+    def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]:
+        return importance(reference_row(seen[-1], tokens), seen[-1], tokens, self.value_norm)
+
+    def flops(self, n: int, heads: int, head_width: int, **_: int) -> int:
+        return row_flops(n, heads, head_width)
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Uniform noise from (seed, sample, number of tokens left, position): the same whatever batch the sample is in."""
+
+    seed: int = 0
+    needs = "none"
+
+    def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]:
+        position = tokens.of_visual(tokens.position)
+        # The number of tokens left differs from cut to cut, so every cut draws anew.
+        left = tokens.of_visual(tokens.valid).sum(1)
+        key = mix(tokens.sample + mix(left + self.seed * 1_000_003))
+        noise = mix(key[:, None] + mix(position.long()))
+        score = (noise >> 40).bitwise_and((1 << 23) - 1).float() / (1 << 23)
+        return hide_padding(score, tokens)
+
+
+def mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64: a good hash of each entry, equal on every device."""
+    z = z + -7046029254386353131
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def row_flops(n: int, heads: int, head_width: int) -> int:
+    """The logits of one query: 2 × MAC of q kᵀ over all heads."""
+    return 2 * n * heads * head_width
+
+
+def reference_weight(tokens: Tokens) -> Float[Tensor, "b n"]:
+    """The referring tokens as weights over the sequence that sum to one."""
+    weight = (tokens.reference & tokens.valid).float()
+    return weight / weight.sum(1, keepdim=True).clamp_min(1)
+
+
+def reference_row(attention: Attention, tokens: Tokens) -> Float[Tensor, "b m"]:
+    """The row of the attention map that judges: one reference token's, or the mean of several."""
+    count = tokens.reference.sum(1)
+    if bool((count == 1).all()):
+        return attention.rows(tokens.reference.int().argmax(1, keepdim=True))[:, 0]
+    return attention.propagate(reference_weight(tokens))
+
+
+def importance(row: Tensor, last: Attention, tokens: Tokens, value_norm: bool) -> Float[Tensor, "b v"]:
+    """Eq. 4: the row over the visual tokens, weighed by ‖V‖, normalised to sum to one."""
+    if value_norm:
+        row = row * last.value_norm()
+    score = tokens.of_visual(row).masked_fill(~tokens.of_visual(tokens.valid), 0.0)
+    total = score.sum(1, keepdim=True)
+    return hide_padding(score / torch.where(total > 0, total, 1.0), tokens)
+
+
+def hide_padding(score: Tensor, tokens: Tokens) -> Tensor:
+    """Padding is never chosen before a real token."""
+    return score.masked_fill(~tokens.of_visual(tokens.valid), float("-inf"))

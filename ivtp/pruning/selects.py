@@ -1,0 +1,62 @@
+"""Selects: (scores, metric, how many, tokens) → which visual tokens stay and what the others join."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ivtp.pruning.tokens import Selection, Tokens
+
+
+class Select(Protocol):
+    def __call__(self, scores: Tensor | None, metric: Tensor | None, keep: int, tokens: Tokens) -> Selection: ...
+
+
+def top_k(scores: Float[Tensor, "b v"], metric: Tensor | None, keep: int, tokens: Tokens) -> Selection:
+    """The `keep` highest scores, in sequence order; of equal scores the lower index stays."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return Selection(order[:, :keep].sort(dim=1).values)
+
+
+def bipartite(scores: Tensor | None, metric: Float[Tensor, "b v e"], keep: int, tokens: Tokens) -> Selection:
+    """ToMe's bipartite soft matching (arXiv 2210.09461): every other token is compared with the rest, the most similar join.
+
+    One step merges at most half of the tokens. A class token in front takes part in the alternation, though not in
+    the merging, as in the published code, so the first patch then belongs to the second set. Order of what stays:
+    the unmerged of the first set, then the second set (the next step alternates over that order).
+    """
+    b, v, _ = metric.shape
+    # The published alternation counts the class token as number 0.
+    lead = int(tokens.visual.shape[1] > v and not tokens.visual[0, 0] and bool(tokens.reference[0, 0]))
+    merges = v - keep
+    if merges > v // 2:
+        raise ValueError(
+            f"keep={keep} of {v} tokens needs {merges} merges in one step, but bipartite matching can do {v // 2}; "
+            "spread them over more layers"
+        )
+    place = torch.arange(v, device=metric.device)
+    first, second = place[lead::2], place[1 - lead :: 2]
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    similarity = metric[:, first] @ metric[:, second].transpose(1, 2)
+    best, partner = similarity.max(-1)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    merged, stays = order[:, :merges], order[:, merges:]
+    if lead:  # as published: sorted only when there is a class token to bring to the front
+        stays = stays.sort(dim=1).values
+
+    index = torch.cat([first[stays], second.expand(b, -1)], 1)
+    into = torch.empty(b, v, dtype=torch.long, device=metric.device)
+    into.scatter_(1, index, torch.arange(keep, device=metric.device).expand(b, -1))
+    into.scatter_(1, first[merged], partner.gather(1, merged) + stays.shape[1])
+    return Selection(index, into)
+
+
+def _bipartite_flops(v: int, head_width: int, **_: int) -> int:
+    """The similarities of the two sets."""
+    return 2 * (v // 2) * (v - v // 2) * head_width
+
+
+bipartite.flops = _bipartite_flops

@@ -1,0 +1,160 @@
+"""The token sequence and the one method that shortens it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which visual tokens stay, and which of the others join them.
+
+    index  position on the visual axis of each kept token, in the order in which they stay
+    into   for every visual token the slot (0..k-1) it ends in, -1: nowhere; None: kept ones stay, the others go
+    valid  False where a slot is only padding, for methods that keep a different number per sample; None: all real
+    """
+
+    index: Int[Tensor, "b k"]
+    into: Int[Tensor, "b v"] | None = None
+    valid: Bool[Tensor, "b k"] | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of sequences on their way through a stack of layers.
+
+    x          hidden states
+    position   index in the unpruned sequence: patch position, RoPE position
+    size       how many original tokens each one stands for
+    valid      False: padding, never attended to
+    visual     True: may be pruned; every sample has the same number of them (padding included)
+    reference  True: its attention judges the visual ones (CLS, pseudo CLS, last token); several are averaged
+    sample     a number that belongs to the sample wherever it stands in a batch; seeds random choices
+    feature    what leaves the stack, if that is not `x` (LLaVA reads an earlier layer than the last)
+    """
+
+    x: Float[Tensor, "b n d"]
+    position: Int[Tensor, "b n"]
+    size: Float[Tensor, "b n"]
+    valid: Bool[Tensor, "b n"]
+    visual: Bool[Tensor, "b n"]
+    reference: Bool[Tensor, "b n"]
+    sample: Int[Tensor, " b"]
+    feature: Float[Tensor, "b n c"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        visual: Tensor,
+        reference: Tensor,
+        *,
+        position: Tensor | None = None,
+        valid: Tensor | None = None,
+        sample: Tensor | None = None,
+    ) -> Tokens:
+        """A fresh, unpruned sequence: every token stands for itself, at its own index."""
+        b, n, _ = x.shape
+        if position is None:
+            position = torch.arange(n, device=x.device).expand(b, n)
+        if valid is None:
+            valid = torch.ones(b, n, dtype=torch.bool, device=x.device)
+        if sample is None:
+            sample = torch.zeros(b, dtype=torch.long, device=x.device)
+        size = torch.ones(b, n, device=x.device)
+        return cls(x, position, size, valid, visual.expand(b, n), reference.expand(b, n), sample)
+
+    @property
+    def visual_count(self) -> int:
+        """v: visual tokens per sample, padding included."""
+        return int(self.visual[0].sum())
+
+    @property
+    def visual_index(self) -> Int[Tensor, "b v"]:
+        """Where the visual tokens stand, in sequence order."""
+        # A stable sort by "not visual" brings them to the front and needs no synchronisation to learn the shape twice.
+        return torch.argsort((~self.visual).byte(), dim=1, stable=True)[:, : self.visual_count]
+
+    def of_visual(self, values: Tensor) -> Tensor:
+        """The visual columns of `values` "b n ..." as "b v ..."."""
+        return take(values, self.visual_index)
+
+    def with_x(self, x: Tensor) -> Tokens:
+        return replace(self, x=x)
+
+    def keep(self, selection: Selection, reduce, scores: Tensor | None) -> Tokens:
+        """Shorten the sequence to the selected visual tokens; all others stay, in place.
+
+        This is the only place where a sequence changes length by pruning: every field is rewritten together.
+        """
+        visual_index = self.visual_index
+        v, k = visual_index.shape[1], selection.index.shape[1]
+        kept = take(visual_index, selection.index)
+
+        # The k slots are the first k visual places; the sequence without the other v - k is the new one.
+        stays = self.visual.logical_not().scatter(1, visual_index[:, :k], True)
+        index = torch.argsort((~stays).byte(), dim=1, stable=True)[:, : self.x.shape[1] - v + k]
+        slot = take(self.visual, index).nonzero()[:, 1].view(-1, k)
+        source = index.scatter(1, slot, kept)
+
+        x, size = reduce(take(self.x, visual_index), take(self.size, visual_index), scores, selection)
+        feature = None
+        if self.feature is not None:
+            reduced, _ = reduce(take(self.feature, visual_index), take(self.size, visual_index), scores, selection)
+            feature = put(take(self.feature, source), slot, reduced)
+        valid = take(self.valid, source)
+        if selection.valid is not None:
+            valid = valid.scatter(1, slot, take(valid, slot) & selection.valid)
+        return Tokens(
+            x=put(take(self.x, source), slot, x),
+            position=take(self.position, source),
+            size=take(self.size, source).scatter(1, slot, size),
+            valid=valid,
+            visual=take(self.visual, source),
+            reference=take(self.reference, source),
+            sample=self.sample,
+            feature=feature,
+        )
+
+    def append(self, x: Float[Tensor, "b d"]) -> Tokens:
+        """Add one reference token at the end, as the only one that judges, one position after the last."""
+        one = torch.ones_like(self.valid[:, :1])
+        return Tokens(
+            x=torch.cat([self.x, x[:, None].to(self.x.dtype)], 1),
+            position=torch.cat([self.position, self.position[:, -1:] + 1], 1),
+            size=torch.cat([self.size, torch.ones_like(self.size[:, :1])], 1),
+            valid=torch.cat([self.valid, one], 1),
+            visual=torch.cat([self.visual, ~one], 1),
+            reference=torch.cat([torch.zeros_like(self.reference), one], 1),
+            sample=self.sample,
+        )
+
+    def without_last(self) -> Tokens:
+        """Take the appended token away again; the last remaining token is the reference from here on."""
+        reference = torch.zeros_like(self.reference[:, :-1])
+        reference[:, -1] = True
+        return Tokens(
+            self.x[:, :-1],
+            self.position[:, :-1],
+            self.size[:, :-1],
+            self.valid[:, :-1],
+            self.visual[:, :-1],
+            reference,
+            self.sample,
+        )
+
+
+def take(values: Tensor, index: Int[Tensor, "b k"]) -> Tensor:
+    """Gather along the token axis: `values` "b n ..." at `index` "b k" gives "b k ..."."""
+    if values.ndim == 2:
+        return values.gather(1, index)
+    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def put(values: Float[Tensor, "b n d"], index: Int[Tensor, "b k"], new: Float[Tensor, "b k d"]) -> Tensor:
+    """`values` with the rows at `index` replaced."""
+    return values.scatter(1, index[:, :, None].expand_as(new), new.to(values.dtype))
