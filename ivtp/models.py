@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -46,35 +47,53 @@ def load_model(
     from ivtp.backbones.companions import accompany
 
     model = model.eval().requires_grad_(False).to(device)
-    if text_encoder is None and (Path(where) / "clip").is_dir():
-        text_encoder = str(Path(where) / "clip")
-    accompany(model, processor, text_encoder)
+    accompany(model, processor, text_encoder or _clip_inside(where))
     return model, processor
 
 
 def _from_pretrained(where: str, dtype: str, revision: str | None, attn_implementation: str | None):
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = Path(where)
-    if folder.is_absolute() or where.startswith(("./", "../")) or folder.exists():
-        _check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(where, revision=revision)
-    except Exception as error:
-        raise ModelError(reason(where, error)) from error
-    if config.model_type not in FAMILIES:
-        raise ModelError(f"{where} is a {config.model_type!r} model; supported: {', '.join(sorted(FAMILIES))}")
+    _config(where, revision)
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
+    with _one_line(where):
         model, info = AutoModelForImageTextToText.from_pretrained(
             where, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
         )
         processor = AutoProcessor.from_pretrained(where, revision=revision)
-    except Exception as error:
-        raise ModelError(reason(where, error)) from error
     if info["missing_keys"]:
         raise ModelError(f"{where} lacks weights, e.g. {sorted(info['missing_keys'])[0]}; the checkpoint is incomplete")
     return model, processor
+
+
+def _config(where: str, revision: str | None):
+    """The config of a checkpoint of a supported language-vision family."""
+    from transformers import AutoConfig
+
+    folder = Path(where)
+    if folder.is_absolute() or where.startswith(("./", "../")) or folder.exists():
+        _check_folder(folder)
+    with _one_line(where):
+        config = AutoConfig.from_pretrained(where, revision=revision)
+    if config.model_type not in FAMILIES or not hasattr(config, "text_config"):
+        raise ModelError(f"{where} is a {config.model_type!r} model; supported: llava")
+    return config
+
+
+@contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    """What a loader raises for a file that is missing, truncated or not what it says, as a ModelError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(reason(where, error)) from error
+
+
+def _clip_inside(where: str) -> str | None:
+    """The CLIP text encoder that a checkpoint folder brings along."""
+    return str(Path(where) / "clip") if (Path(where) / "clip").is_dir() else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -95,6 +114,15 @@ def _check_folder(folder: Path) -> None:
 def shape_of(model) -> Shape:
     """The sizes that pruning and cost depend on, of a model or of a transformers config."""
     return family(model).shape(model)
+
+
+def source_shape(source: str, text_encoder: str | None = None, revision: str | None = None) -> Shape:
+    """The same of a checkpoint, from its configs alone: no weights are read."""
+    from ivtp.backbones.companions import text_sizes
+
+    where = str(EMBEDDED.get(str(source), source))
+    config = _config(where, revision)
+    return replace(shape_of(config), **text_sizes(config, text_encoder or _clip_inside(where)))
 
 
 @contextmanager

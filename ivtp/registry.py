@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import TypeVar
@@ -15,10 +16,15 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}"
+    listed = f" Known: {', '.join(known)}" if len(known) <= 40 or not near else ""
+    return f"unknown {kind} {name!r}.{hint}{listed}"
 
 
-class UnknownName(ValueError):
+class UserError(ValueError):
+    """A request that cannot be met: the message, one line, names the value, the bound and the fix."""
+
+
+class UnknownName(UserError):
     """A name that is not registered; the message lists what is."""
 
 
@@ -46,8 +52,19 @@ class Registry:
         if not self._loaded:
             self._loaded = True
             for point in entry_points(group=self.group):
-                if (function := point.load()) is not None and point.name not in self._found:
-                    self._found[point.name] = function
+                try:
+                    found = point.load()
+                except (ImportError, AttributeError) as error:  # somebody else's package; the rest still works
+                    warnings.warn(f"{self.kind} {point.name!r} cannot be loaded: {error}", stacklevel=3)
+                    continue
+                if not callable(found):  # a module, which registers by decorator
+                    continue
+                if self._found.get(point.name, found) is not found:
+                    raise ValueError(
+                        f"{self.kind} {point.name!r} of the entry point {point.value} is already registered by "
+                        f"{self._found[point.name].__module__}; choose another name"
+                    )
+                self._found[point.name] = found
 
     def __getitem__(self, name: str) -> Callable:
         self._load()

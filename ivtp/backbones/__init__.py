@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import nn
 
-from ivtp.registry import unknown
+from ivtp.registry import UserError, unknown
 
 # By transformers' `model_type`, or package and class.
 FAMILIES = {
@@ -24,7 +24,7 @@ FAMILIES = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that is not there, not readable or not supported."""
 
 

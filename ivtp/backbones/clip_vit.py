@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ivtp.backbones import VisionRun, replaced
-from ivtp.backbones.transformers_attention import attend, key_mask
+from ivtp.backbones.transformers_attention import attend, key_mask, peek
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.pruner import Plan
@@ -57,9 +57,17 @@ class ClipVit:
         output, (q, k, v) = attend(block.self_attn, block.layer_norm1(tokens.x), attention_mask=mask)
         return tokens.x + output, Attention(q, k, v, block.self_attn.scale, score_bias(tokens, bias))
 
+    def peek(self, layer: int, tokens: Tokens) -> Attention:
+        block = self.layers[layer]
+        q, k, v = peek(block.self_attn, block.layer_norm1(tokens.x), attention_mask=None)
+        return Attention(q, k, v, block.self_attn.scale, score_bias(tokens, None))
+
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         block = self.layers[layer]
         return x + block.mlp(block.layer_norm2(x))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.tower.post_layernorm(x)
 
     def leave(self, layer: int, tokens: Tokens) -> Tokens:
         if layer in self.features:
@@ -91,6 +99,11 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iter
     run = VisionRun()
 
     def forward(pixel_values=None, interpolate_pos_encoding=False, **unused):
+        for wish in ("output_attentions", "output_hidden_states"):
+            if unused.get(wish):
+                raise ValueError(
+                    f"{wish}=True: layers have different lengths under pruning; use the run's trace instead"
+                )
         stack = ClipVit(model)
         with part("vision"):
             tokens = stack.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)

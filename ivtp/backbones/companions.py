@@ -55,17 +55,17 @@ def guide_for(model: nn.Module) -> Guide:
     if isinstance(companion.text_encoder, str):
         try:
             companion.text_encoder = load_text_encoder(companion.text_encoder, model.device)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # safetensors and open_clip have errors of their own
             raise ModelError(reason(companion.text_encoder, error)) from error
     return Guide(companion.processor.tokenizer, companion.text_encoder, model.config.image_token_id)
 
 
-def text_sizes(model) -> dict:
-    """Sizes of the text encoder that belongs to a model (or, by its tower, to a config), as fields of `Shape`."""
+def text_sizes(model, source: str | None = None) -> dict:
+    """Sizes of the text encoder that belongs to a model (or, by `source` or its tower, to a config), for `Shape`."""
     from transformers import CLIPConfig
 
     companion = _companions.get(model) if isinstance(model, nn.Module) else None
-    encoder = companion.text_encoder if companion else None
+    encoder = companion.text_encoder if companion else source
     if isinstance(encoder, str) and (Path(encoder) / "config.json").is_file():
         clip = CLIPConfig.from_pretrained(encoder)
         context = clip.text_config.max_position_embeddings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ class OpenClipText:
 
     def __init__(self, model: nn.Module, tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
+        if getattr(model, "attn_mask", None) is None or not hasattr(tokenizer, "byte_decoder"):
+            raise ValueError("this open_clip model has no causal text tower with CLIP's own tokenizer; use another CLIP")
         block = model.transformer.resblocks[0]
         width, heads = block.attn.embed_dim, block.attn.num_heads
         depth, ffn = len(model.transformer.resblocks), block.mlp.c_fc.out_features
@@ -72,33 +75,36 @@ class OpenClipText:
         return [Spelled(s, f) for s, f in zip(spans, features, strict=True)]
 
     def _features(self, rows: list[list[int]]) -> Tensor:
-        padded = [row + [0] * (self.context - len(row)) for row in rows]  # its attention mask has one fixed size
-        hidden = self.model.forward_intermediates(
-            text=torch.tensor(padded, device=self.model.token_embedding.weight.device),
-            text_indices=1,
-            normalize_intermediates=True,
-            intermediates_only=True,
-        )["text_intermediates"][-1]
-        projection = self.model.text_projection
+        model, n = self.model, max(map(len, rows))
+        padded = torch.tensor([row + [0] * (n - len(row)) for row in rows], device=model.positional_embedding.device)
+        # As its encode_text, which can only read a whole context and returns the end mark alone.
+        x = model.token_embedding(padded) + model.positional_embedding[:n]
+        x = x.to(model.transformer.get_cast_dtype())
+        hidden = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n, :n]))
+        projection = model.text_projection
         return projection(hidden) if isinstance(projection, nn.Linear) else hidden @ projection
 
     def project(self, cls: Tensor) -> Tensor:
         return cls @ self.model.visual.proj.to(cls)
 
     def _spans(self, text: str, ids: Sequence[int]) -> list[Span]:
-        """open_clip's tokenizer has no offsets: find each token's letters in the text, in order.
-
-        It cleans text first, so a token that the text does not contain spells nothing (an empty span).
-        """
-        letters, at, spans = squeeze(text).lower(), 0, []
-        for token in ids:
-            piece = squeeze(self.tokenizer.decode([token])).lower()
-            found = letters.find(piece, at)
-            if not piece or found < 0:
-                spans.append((at, at))
-                continue
-            at = found + len(piece)
-            spans.append((found, at))
+        """open_clip's tokenizer has no offsets, but its tokens are bytes: of the cleaned text, whose letters are matched
+        with the text's own. A token of letters that only cleaning brought in spells nothing (an empty span)."""
+        pieces = [self.tokenizer.decoder[token].removesuffix("</w>") for token in ids]
+        raw = [bytes(self.tokenizer.byte_decoder[c] for c in piece) for piece in pieces]
+        cleaned = b"".join(raw).decode("utf-8", errors="replace")
+        # Which letter each byte belongs to, then which letter of the text each cleaned letter is.
+        letter_of = [i for i, letter in enumerate(cleaned) for _ in letter.encode()]
+        lowered = [(low, i) for i, letter in enumerate(squeeze(text)) for low in letter.lower()]
+        place: dict[int, int] = {}
+        matcher = difflib.SequenceMatcher(None, cleaned, [low for low, _ in lowered], autojunk=False)
+        for start, other, length in matcher.get_matching_blocks():
+            place.update((start + i, lowered[other + i][1]) for i in range(length))
+        spans, at = [], 0
+        for piece in raw:
+            found = [place[i] for i in letter_of[at : at + len(piece)] if i in place]
+            at += len(piece)
+            spans.append((min(found), max(found) + 1) if found else (0, 0))
         return spans
 
 
@@ -118,7 +124,7 @@ def encode_chunks(
     length = context - 2
     rows, owner = [], []
     for number, ids in enumerate(texts):
-        for start in range(0, len(ids), length):
+        for start in range(0, max(len(ids), 1), length):  # a text of no tokens is one chunk of two marks
             rows.append([marks[0], *ids[start : start + length], marks[1]])
             owner.append(number)
     found: list[list[Tensor]] = [[] for _ in texts]
@@ -189,6 +195,8 @@ class Guide:
     def _instruction(self, sample: int, batch: int, text: str) -> str:
         instruction = text
         if self.instructions is not None:
+            if batch % len(self.instructions):
+                raise ValueError(f"{len(self.instructions)} instructions for {batch} prompts; give one, or one for each")
             # Beam search and several return sequences repeat every sample in place.
             instruction = self.instructions[sample * len(self.instructions) // batch]
         if not squeeze(instruction):

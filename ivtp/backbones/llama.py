@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.backbones.clip_vit import score_bias
-from ivtp.backbones.transformers_attention import attend, key_mask
+from ivtp.backbones.transformers_attention import attend, key_mask, peek
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.tokens import Tokens
 
@@ -18,10 +18,16 @@ class Llama:
     earlier   for every layer "b m": which of the keys in the cache may be seen; empty before the prefill
     part1     after this many leading layers `on_part1` is called; it may take the appended reference token away
     renumber  positions close up over pruned tokens instead of staying what they were
+    origin    "b 1", what is added to a token's position to get its RoPE position
     """
 
     def __init__(
-        self, decoder: nn.Module, cache=None, earlier: list[Tensor] | None = None, renumber: bool = False
+        self,
+        decoder: nn.Module,
+        cache=None,
+        earlier: list[Tensor] | None = None,
+        renumber: bool = False,
+        origin: Tensor | int = 0,
     ) -> None:
         self.decoder = decoder
         self.layers = decoder.layers[: decoder.config.num_hidden_layers]
@@ -29,7 +35,7 @@ class Llama:
         self.cache = cache
         self.earlier = earlier or []
         self.valid: list[Tensor] = []
-        self.renumber = renumber
+        self.renumber, self.origin = renumber, origin
         self.part1, self.on_part1 = 0, None
         self._rotary: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
@@ -51,6 +57,19 @@ class Llama:
         )
         attention = Attention(q, k, v, block.self_attn.scaling, score_bias(tokens, bias), causal=True)
         return tokens.x + output, attention
+
+    def peek(self, layer: int, tokens: Tokens) -> Attention:
+        block = self.layers[layer]
+        q, k, v = peek(
+            block.self_attn,
+            block.input_layernorm(tokens.x),
+            attention_mask=None,
+            position_embeddings=self._position_embeddings(tokens, tokens.valid),
+        )
+        return Attention(q, k, v, block.self_attn.scaling, score_bias(tokens, None), causal=True)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.decoder.norm(x)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         block = self.layers[layer]
@@ -75,6 +94,6 @@ class Llama:
             position = (valid.long().cumsum(1) - 1).clamp_min(0)[:, -tokens.x.shape[1] :]
         elif self._rotary is not None and self._rotary[0] is position:
             return self._rotary[1]
-        rotary = self.decoder.rotary_emb(tokens.x, position)
+        rotary = self.decoder.rotary_emb(tokens.x, position if self.renumber else position + self.origin)
         self._rotary = (position, rotary)
         return rotary

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
 from ivtp.backbones import replaced
-from ivtp.backbones.clip_vit import ClipVit
+from ivtp.backbones.clip_vit import ClipVit, sample_number
 from ivtp.backbones.clip_vit import shape as clip_shape
 from ivtp.backbones.companions import guide_for, text_sizes
 from ivtp.backbones.llama import Llama
@@ -66,8 +66,9 @@ class PrunedLlava:
         self.llava = model.model
         self.config = model.config
         self.trace = Trace()
-        # Which keys of each layer are real, for every cache that a prefill filled; a cache that is gone takes it along.
-        self._valid: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        # For every cache that a prefill filled: which keys of each layer are real, and the next position; a cache that
+        # is gone takes it along.
+        self._filled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         if plan.appends_reference and plan.reference == "pseudo_cls" and guide is None:
             raise ValueError(
                 "this plan builds a pseudo CLS and needs the model's processor and CLIP text encoder: load the model "
@@ -91,6 +92,9 @@ class PrunedLlava:
                 raise ValueError(
                     f"{wish}=True: layers have different lengths under pruning; use the run's trace instead"
                 )
+        for wish in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "mm_encoder_outputs"):
+            if unused.get(wish) is not None:
+                raise ValueError(f"{wish} is not read by a pruned forward; set it in the model's config or leave it out")
         if inputs_embeds is not None or input_ids is None:
             raise ValueError("under pruning, give input_ids: the image tokens cannot be found in inputs_embeds")
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
@@ -109,6 +113,10 @@ class PrunedLlava:
     def _prefill(self, input_ids, pixel_values, attention_mask, position_ids, cache) -> LlavaModelOutputWithPast:
         self.trace = Trace()
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if not bool(valid[:, -1].all()) and (self.plan.language is not None or self.read_at):
+            raise ValueError(
+                "a prompt ends in padding, but its last token is needed; pad on the left (tokenizer.padding_side='left')"
+            )
         placeholders = self._placeholders(input_ids, pixel_values)
         with self.part("vision"):
             seen, cls_feature, cls_last = self._see(pixel_values)
@@ -117,37 +125,35 @@ class PrunedLlava:
 
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        tokens = self._fill(input_ids, position_ids, valid, placeholders, seen, features)
-        first = position_ids.gather(1, placeholders[:, :1])  # where patch 0 stands: positions → patch indices
-        if self.plan.appends_reference:
+        first = position_ids.gather(1, placeholders[:, :1])  # where patch 0 stands; tokens count from there
+        tokens = self._fill(input_ids, position_ids - first, valid, placeholders, seen, features)
+        appends = self.plan.appends_to(tokens.visual_count)
+        if appends:
             tokens = tokens.append(self._reference(input_ids, valid, cls_feature, cls_last))
 
-        stack = Llama(self.llava.language_model, cache, renumber=self.plan.position_ids == "renumber")
-        stack.part1 = self.plan.part1 if self.plan.appends_reference else self.read_at
-        stack.on_part1 = lambda tokens: self._end_part1(stack, tokens) if stack.part1 else tokens
+        stack = Llama(self.llava.language_model, cache, renumber=self.plan.position_ids == "renumber", origin=first)
+        stack.part1 = self.plan.part1 if appends else self.read_at
+        stack.on_part1 = lambda tokens: self._end_part1(stack, tokens, appends) if stack.part1 else tokens
         with self.part("language"):
             tokens, cuts = traverse(stack, tokens, self.plan.language, self.part)
             hidden = self.llava.language_model.norm(tokens.x)
-        self.trace.language = [Kept(c.layer, c.after, c.position - first, c.valid) for c in cuts]
+        self.trace.language = cuts
         if cache is not None:
-            self._valid[cache] = stack.valid
+            self._filled[cache] = stack.valid, position_ids[:, -1:] + 1
         return LlavaModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, image_hidden_states=features)
 
     def _decode(self, input_ids, attention_mask, position_ids, cache) -> LlavaModelOutputWithPast:
-        if cache not in self._valid:
+        if cache not in self._filled:
             raise ValueError("this key-value cache was not filled under the pruning that is in force; prefill it here")
+        earlier, following = self._filled[cache]
         valid = torch.ones_like(input_ids, dtype=torch.bool)
         if position_ids is None:
-            if attention_mask is None:
-                raise ValueError("decoding under pruning needs position_ids or the full attention_mask of the prompt")
-            position_ids = (attention_mask.long().cumsum(1) - 1)[:, -input_ids.shape[1] :]
+            position_ids = following + torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.llava.get_input_embeddings()(input_ids)
         tokens = Tokens.of(x, torch.zeros_like(valid), torch.zeros_like(valid), position=position_ids, valid=valid)
-        stack = Llama(
-            self.llava.language_model, cache, self._valid[cache], renumber=self.plan.position_ids == "renumber"
-        )
+        stack = Llama(self.llava.language_model, cache, earlier, renumber=self.plan.position_ids == "renumber")
         tokens, _ = traverse(stack, tokens)
-        self._valid[cache] = stack.valid
+        self._filled[cache] = stack.valid, position_ids[:, -1:] + 1
         return LlavaModelOutputWithPast(
             last_hidden_state=self.llava.language_model.norm(tokens.x), past_key_values=cache
         )
@@ -156,7 +162,7 @@ class PrunedLlava:
         """Where the image tokens of each prompt stand, "b v"."""
         image = input_ids == self.config.image_token_id
         counts = image.sum(1)
-        expected = self.config.image_seq_length
+        expected = clip_shape(self.config.vision_config).patches
         for sample, count in enumerate(counts.tolist()):
             if count != expected:
                 raise ValueError(
@@ -175,14 +181,22 @@ class PrunedLlava:
         depth = self.config.vision_config.num_hidden_layers
         # hidden_states[i] is the input of layer i: hidden_states[-2] leaves layer depth - 2.
         stack = ClipVit(self.llava.vision_tower, tuple(layer % (depth + 1) - 1 for layer in layers))
+        if list(stack.features) != sorted(set(stack.features)) or stack.features[0] < 0:
+            raise ValueError(
+                f"vision_feature_layer={layers}: pruning joins the outputs of different layers in their order; give "
+                "them ascending, without the embeddings (0)"
+            )
         if self.config.vision_feature_select_strategy != "default":
             raise ValueError(
                 f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r} passes the class token "
                 "on as an image token; pruning supports 'default' (patches only)"
             )
-        tokens, self.trace.vision = traverse(stack, stack.embed(pixel_values), self.plan.vision, self.part)
+        # Beams, and several questions about one image, share its pass through the tower.
+        first, owner = distinct(sample_number(pixel_values))
+        tokens, cuts = traverse(stack, stack.embed(pixel_values[first]), self.plan.vision, self.part)
+        self.trace.vision = [replace(cut, position=cut.position[owner], valid=cut.valid[owner]) for cut in cuts]
         cls = stack.tower.post_layernorm(tokens.x[:, 0])
-        return tokens, tokens.feature[:, 0], cls
+        return tokens.samples(owner), tokens.feature[owner, 0], cls[owner]
 
     def _fill(self, input_ids, position_ids, valid, placeholders, seen: Tokens, features: Tensor) -> Tokens:
         """The prompt with the surviving features at their places; the placeholders of the others are gone."""
@@ -215,13 +229,21 @@ class PrunedLlava:
             x = self.llava.get_input_embeddings()(input_ids)
             return pseudo_cls(x, relevance, self.plan.tau, visual_cls)
 
-    def _end_part1(self, stack: Llama, tokens: Tokens) -> Tokens:
-        if self.plan.appends_reference:
+    def _end_part1(self, stack: Llama, tokens: Tokens, appended: bool) -> Tokens:
+        if appended:
             tokens = tokens.without_last()
             stack.forget_last(stack.part1)
         if self.read_at:
             self.trace.early = self.model.lm_head(self.llava.language_model.norm(tokens.x[:, -1]))
         return tokens
+
+
+def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place of each different entry, in order, and for every entry which of those it equals."""
+    same = numbers[:, None] == numbers[None]
+    first = same.int().argmax(1)
+    places = first.unique()
+    return places, torch.searchsorted(places, first)
 
 
 def shape(model) -> Shape:

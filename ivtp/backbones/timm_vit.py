@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -51,20 +51,18 @@ class TimmVit:
         block = self.model.blocks[layer]
         bias = score_bias(tokens, tokens.size.log() if proportional and layer > 0 else None)
         mask = None if bias is None else bias[:, None, None, :].to(tokens.x.dtype)
-        seen: dict[str, Tensor] = {}
-        hooks = [
-            getattr(block.attn, name).register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
-            for name in ("qkv", "q_norm", "k_norm")
-        ]
-        try:
+        with recorded(block.attn) as seen:
             x = tokens.x + block.drop_path1(block.ls1(block.attn(block.norm1(tokens.x), attn_mask=mask)))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        q, k = seen["q_norm"], seen["k_norm"]
-        b, h, n, e = q.shape
-        v = seen["qkv"].view(b, n, 3, h, e)[:, :, 2].transpose(1, 2)
-        return x, Attention(q, k, v, block.attn.scale, bias)
+        return x, Attention(*qkv(seen), block.attn.scale, bias)
+
+    def peek(self, layer: int, tokens: Tokens) -> Attention:
+        block = self.model.blocks[layer]
+        with recorded(block.attn, only=True) as seen, suppress(_Enough):
+            block.attn(block.norm1(tokens.x))
+        return Attention(*qkv(seen), block.attn.scale, score_bias(tokens, None))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.model.norm(x)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         block = self.model.blocks[layer]
@@ -72,6 +70,38 @@ class TimmVit:
 
     def leave(self, layer: int, tokens: Tokens) -> Tokens:
         return tokens
+
+
+class _Enough(Exception):
+    """Nothing more of a layer has to be computed."""
+
+
+@contextmanager
+def recorded(attn: nn.Module, only: bool = False) -> Iterator[dict[str, Tensor]]:
+    """What the parts of a timm attention module give out; `only`: the module stops once q, k and v are known."""
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str):
+        def hook(_, __, out):
+            seen[name] = out
+            if only and len(seen) == 3:
+                raise _Enough
+
+        return hook
+
+    hooks = [getattr(attn, name).register_forward_hook(record(name)) for name in ("qkv", "q_norm", "k_norm")]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def qkv(seen: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v "b h n e"; v comes with the joint projection."""
+    q, k = seen["q_norm"], seen["k_norm"]
+    b, h, n, e = q.shape
+    return q, k, seen["qkv"].view(b, n, 3, h, e)[:, :, 2].transpose(1, 2)
 
 
 def shape(model) -> Shape:
@@ -88,6 +118,7 @@ def shape(model) -> Shape:
         prefix=model.num_prefix_tokens,
         has_cls=model.cls_token is not None,
         classes=getattr(model.head, "out_features", 0),
+        columns=model.patch_embed.grid_size[1],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -27,19 +28,35 @@ AttentionInterface.register(NAME, _recording)
 def attend(module, hidden_states: Tensor, **kwargs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Call the attention module as it is; returns its output and the (q, k, v) that its kernel was given."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    output = _call(module, hidden_states, lambda q, k, v: seen.append((q, k, v)), **kwargs)[0]
+    return output, seen[0]
+
+
+def _call(module, hidden_states: Tensor, record: Callable, **kwargs):
     config = module.config
     kernel = config._attn_implementation
     config._attn_implementation = NAME
     try:
-        output = module(
-            hidden_states=hidden_states,
-            ivtp_kernel=kernel,
-            ivtp_record=lambda q, k, v: seen.append((q, k, v)),
-            **kwargs,
-        )[0]
+        return module(hidden_states=hidden_states, ivtp_kernel=kernel, ivtp_record=record, **kwargs)
     finally:
         config._attn_implementation = kernel
-    return output, seen[0]
+
+
+class _Enough(Exception):
+    """Nothing more of a layer has to be computed."""
+
+
+def peek(module, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
+    """The (q, k, v) that the attention module would give its kernel, which is not called."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def record(*qkv: Tensor) -> None:
+        seen.append(qkv)
+        raise _Enough
+
+    with suppress(_Enough):
+        _call(module, hidden_states, record, **kwargs)
+    return seen[0]
 
 
 def key_mask(

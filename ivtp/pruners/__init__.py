@@ -54,4 +54,13 @@ def load_pruner(name: str, shape: Shape, position_ids: str = "keep", **settings)
 
 
 # Each module registers its pruners when it is imported.
-from ivtp.pruners import baselines, ivtp, tome  # noqa: E402, F401
+from ivtp.pruners import (  # noqa: E402, F401
+    baselines,
+    divprune,
+    evit,
+    fastervlm,
+    fastv,
+    ivtp,
+    tome,
+    visionzip,
+)

@@ -20,6 +20,18 @@ def part1_layers(shape: Shape) -> int:
     return max(1, min(12, 3 * depth // 8)) if depth else 0
 
 
+def feature_cut(shape: Shape, keep: int) -> tuple[Cut, ...]:
+    """One cut behind the penultimate ViT layer, whose output is what LLaVA's projector reads."""
+    return (Cut(max(0, shape.vision.depth - 2), keep, "block"),)
+
+
+def language_depth(shape: Shape, name: str) -> int:
+    """Layers of the language model; raises ValueError where there is none."""
+    if shape.language is None:
+        raise ValueError(f"{name} prunes inside a language model, but this model has none")
+    return shape.language.depth
+
+
 def grouped(layers: int, group: int | str, tokens: int, keep: int, after: str = "attn") -> tuple[Cut, ...]:
     """One cut at the end of every group, each keeping the same share, down to `keep`."""
     ends = group_ends(layers, group)

@@ -8,6 +8,7 @@ attention; `streamed=True` adds what scores cost when no map is formed, which is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 
 from ivtp.pruning.pruner import Plan, Pruner
 from ivtp.pruning.schedules import check
@@ -29,6 +30,9 @@ class Layers:
         projections = 4 * n * self.width * (self.heads + self.kv_heads) * self.head_width
         return projections + 4 * n * n * self.heads * self.head_width
 
+    def qkv(self, n: int) -> int:
+        return 2 * n * self.width * (self.heads + 2 * self.kv_heads) * self.head_width
+
     def mlp(self, n: int) -> int:
         return 2 * self.ffn_matrices * n * self.width * self.ffn
 
@@ -43,6 +47,7 @@ class Shape:
     has_cls       one of them is a class token
     projector_in  width of what the projector reads (several feature layers are joined)
     text          the CLIP text encoder that is paired with the vision tower; joint: width of their common space
+    columns       patches in one row of the image; 0: as many as rows
     """
 
     vision: Layers
@@ -57,6 +62,15 @@ class Shape:
     text: Layers | None = None
     text_context: int = 77
     joint: int = 0
+    columns: int = 0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; raises ValueError where they are not known."""
+        columns = self.columns or isqrt(self.patches)
+        if self.patches % columns:
+            raise ValueError(f"{self.patches} patches do not make a square grid, and its columns are not known")
+        return self.patches // columns, columns
 
 
 @dataclass(frozen=True)
@@ -90,28 +104,42 @@ def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = No
     instruction  tokens that the CLIP text encoder reads, its begin and end marks included; default: one full context
     """
     counts = [shape.patches]
-    vision, scores, v = _stack(shape.vision, shape.prefix, shape.patches, plan.vision, 0, counts, "vision")
+    vision, scores, v = _stack(
+        shape.vision, shape.prefix, shape.patches, plan.vision, 0, counts, "vision", shape.has_cls
+    )
     vision += 2 * shape.patches * shape.patch_inputs * shape.vision.width
     vision += 2 * shape.vision.width * shape.classes
     projector = language = text_encoder = 0
     if shape.language is not None:
         width = shape.language.width
         projector = 2 * v * (shape.projector_in * width + width * width)
-        appended = plan.part1 if plan.appends_reference else 0
+        appends = plan.appends_to(v)
+        appended = plan.part1 if appends else 0
         language, more, v = _stack(shape.language, text, v, plan.language, appended, counts, "language")
         language += 2 * (v + text) * width * shape.vocabulary
         scores += more
-        if plan.appends_reference:
+        if appends:
             text_encoder = 2 * (shape.projector_in * width + width * width)  # the projected visual CLS
-        if plan.appends_reference and plan.reference == "pseudo_cls":
+        if appends and plan.reference == "pseudo_cls":
             text_encoder += _text_pass(shape, instruction)
     return Cost(vision, projector, language, text_encoder, scores if streamed else 0, tuple(counts))
 
 
 def _stack(
-    stack: Layers, others: int, v: int, pruner: Pruner | None, appended: int, counts: list[int], site: str
+    stack: Layers,
+    others: int,
+    v: int,
+    pruner: Pruner | None,
+    appended: int,
+    counts: list[int],
+    site: str,
+    one_refers: bool = True,
 ) -> tuple[int, int, int]:
-    """FLOPs of the layers, of the scores, and the visual tokens that leave; `appended`: layers with one token more."""
+    """FLOPs of the layers, of the scores, and the visual tokens that leave.
+
+    appended    layers with one token more
+    one_refers  one token judges the visual ones; False: they all do, where there is no class token
+    """
     schedule = pruner.schedule if pruner else ()
     check(tuple(schedule), v, stack.depth, site)
     cuts = {(cut.layer, cut.after): cut.keep for cut in schedule}
@@ -123,7 +151,7 @@ def _stack(
         if keep is None:
             return
         if keep < v:
-            scores += pruner_flops(pruner, group, n, v, keep, stack)
+            scores += pruner_flops(pruner, group, n, v, keep, stack, 1 if one_refers else v)
         v, group = keep, 0
         counts.append(v)
 
@@ -138,13 +166,14 @@ def _stack(
     return total, scores, v
 
 
-def pruner_flops(pruner: Pruner, group: int, n: int, v: int, keep: int, stack: Layers) -> int:
+def pruner_flops(pruner: Pruner, group: int, n: int, v: int, keep: int, stack: Layers, referring: int = 1) -> int:
     """Matrix products of one cut; scores and selects that form none, or do not say, count nothing."""
-    total = 0
-    for choice in (pruner.score, pruner.select):
+    total = stack.qkv(n) if getattr(pruner, "needs", None) == "next" else 0
+    sizes = {"heads": stack.heads, "kv_heads": stack.kv_heads, "head_width": stack.head_width, "width": stack.width}
+    for choice in (pruner.score, pruner.select, pruner.reduce):
         count = getattr(choice, "flops", None)
         if count is not None:
-            total += count(group=group, n=n, v=v, keep=keep, heads=stack.heads, head_width=stack.head_width)
+            total += count(group=group, n=n, v=v, keep=keep, referring=referring, **sizes)
     return total
 
 
@@ -152,11 +181,9 @@ def _text_pass(shape: Shape, instruction: int | None) -> int:
     """The CLIP text encoder over the instruction, in chunks of its context, and both projections into the joint space."""
     if shape.text is None:
         return 0
-    left = instruction or shape.text_context
-    total = 2 * shape.vision.width * shape.joint
-    while left > 0:
-        n = min(left, shape.text_context)
-        left -= n
-        total += shape.text.depth * (shape.text.attention(n) + shape.text.mlp(n))
-        total += 2 * n * shape.text.width * shape.joint
-    return total
+    instruction = instruction or shape.text_context
+    # Chunks go through together, each with marks of its own, as long as the longest.
+    chunks = -(-max(instruction - 2, 1) // (shape.text_context - 2))
+    n = min(instruction, shape.text_context)
+    encoder = shape.text.depth * (shape.text.attention(n) + shape.text.mlp(n)) + 2 * n * shape.text.width * shape.joint
+    return 2 * shape.vision.width * shape.joint + chunks * encoder

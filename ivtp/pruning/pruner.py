@@ -15,7 +15,8 @@ from ivtp.pruning.selects import Select, top_k
 from ivtp.pruning.tokens import Tokens
 
 POSITIONS = ("keep", "renumber")
-REFERENCES = ("last", "pseudo_cls", "visual_cls")
+REFERENCES = ("last", "pseudo_cls", "visual_cls", "raters")
+APPENDED = ("pseudo_cls", "visual_cls")
 
 
 def keys(seen: list[Attention], tokens: Tokens) -> Tensor:
@@ -23,12 +24,21 @@ def keys(seen: list[Attention], tokens: Tokens) -> Tensor:
     return tokens.of_visual(seen[-1].keys())
 
 
+def hidden(seen: list[Attention], tokens: Tokens) -> Tensor:
+    """The visual tokens' hidden states "b v d"; before the first language layer: the projected features."""
+    return tokens.of_visual(tokens.x)
+
+
+hidden.needs = "none"
+
+
 @dataclass(frozen=True)
 class Pruner:
     """Score, select, reduce, schedule (and the metric a select may compare tokens by). Stateless.
 
     proportional  merged tokens count by their size in attention (log size added to their logits; arXiv 2210.09461)
-    Any object with `schedule`, `proportional`, `reads_attention` and `cut` can stand in for it.
+    Any object with `schedule`, `proportional`, `reads_attention` and `cut` can stand in for it; `needs` and
+    `reads_state` are asked for where they exist.
     """
 
     schedule: tuple[Cut, ...]
@@ -38,9 +48,40 @@ class Pruner:
     metric: Callable[[list[Attention], Tokens], Tensor] | None = None
     proportional: bool = False
 
+    def __post_init__(self) -> None:
+        if self.needs == "next" and not all(cut.after == "block" for cut in self.schedule):
+            raise ValueError("the next layer's attention is asked for after a whole layer: use after='block'")
+        if self.needs in ("group", "last"):
+            layers = [cut.layer for cut in self.schedule]
+            for before, layer in zip([-1, *layers], layers, strict=False):
+                if layer == before:
+                    raise ValueError(
+                        f"the cut at layer {layer} has seen no attention "
+                        + ("yet" if layer < 0 else "since the one before it")
+                        + ", which its score or metric reads; cut in a later layer"
+                    )
+
+    @property
+    def needs(self) -> str | tuple[int, ...]:
+        """Which attentions a cut sees: of the "group" of layers since the last cut, of the "last" one, the one that the
+        "next" layer would form, those of the layers in a tuple, or "none"."""
+        asked = {"none" if self.score is None else self.score.needs}
+        asked.add("none" if self.metric is None else getattr(self.metric, "needs", "last"))
+        asked -= {"none"} if len(asked) > 1 else set()
+        if asked == {"group", "last"}:
+            return "group"
+        if len(asked) > 1:
+            raise ValueError(f"score and metric of one pruner read different layers: {sorted(map(str, asked))}")
+        return asked.pop()
+
     @property
     def reads_attention(self) -> bool:
-        return self.metric is not None or (self.score is not None and self.score.needs != "none")
+        return self.needs != "none"
+
+    @property
+    def reads_state(self) -> bool:
+        """True where hidden states after the model's last norm are compared."""
+        return bool(getattr(self.select, "reads_state", False))
 
     def cut(self, tokens: Tokens, seen: list[Attention], keep: int) -> Tokens:
         """Shorten to `keep` visual tokens by the attention of the layers since the last cut."""
@@ -55,7 +96,8 @@ class Plan:
     """A method: what happens in the vision tower, what in the language model.
 
     reference     who judges inside the language model: the "last" prompt token, the paper's "pseudo_cls" (appended after
-                  the prompt, gone after part 1), or the projected "visual_cls" at the same place
+                  the prompt, gone after part 1), the projected "visual_cls" at the same place, or the "raters", the
+                  prompt's words that look most at the image (arXiv 2410.04417)
     part1         number of leading language layers that the language pruner governs
     tau           relevance threshold of the pseudo CLS (Eq. 8)
     position_ids  "keep": kept tokens keep their RoPE position; "renumber": positions close up
@@ -79,11 +121,31 @@ class Plan:
             raise ValueError(
                 f"tau={self.tau!r} is not a number; the cosine threshold lies in [-1, 1], the paper uses 0.2"
             )
+        last = max((cut.layer for cut in self.language.schedule), default=0) if self.appends_reference else -1
+        if self.part1 <= last:
+            raise ValueError(
+                f"part1={self.part1}: the {self.reference} judges up to language layer {last}, so it must stay for at "
+                f"least {last + 1} layers"
+            )
 
     @property
     def appends_reference(self) -> bool:
         """True where a reference token is appended to the prompt for part 1."""
-        return self.language is not None and self.reference != "last"
+        return self.language is not None and self.reference in APPENDED
+
+    @property
+    def reads_relevance(self) -> bool:
+        """True where the language pruner asks how well each visual token fits the instruction in CLIP's joint space."""
+        return bool(self.language is not None and getattr(self.language.score, "reads_relevance", False))
+
+    @property
+    def needs_guide(self) -> bool:
+        """True where the CLIP text encoder that is paired with the tower has to read the instruction."""
+        return self.reads_relevance or (self.appends_reference and self.reference == "pseudo_cls")
+
+    def appends_to(self, visual: int) -> bool:
+        """Whether a reference is appended when `visual` tokens reach the language model: not where all of them stay."""
+        return self.appends_reference and any(cut.keep < visual for cut in self.language.schedule)
 
     @property
     def final(self) -> int | None:

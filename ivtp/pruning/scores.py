@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,10 +15,12 @@ from ivtp.pruning.tokens import Tokens
 COMBINES = ("residual", "mean", "max", "multiply")
 
 
+@runtime_checkable
 class Score(Protocol):
-    """`needs` says how many of the layers since the last cut are read: "group", "last" or "none"."""
+    """`needs` says which layers since the last cut are read: the "group" of all, the "last", "none", those in a tuple, or
+    the "next", which has not run yet."""
 
-    needs: str
+    needs: str | tuple[int, ...]
 
     def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]: ...
 
@@ -54,25 +56,34 @@ class Rollout:
                 row = pushed + row if self.combine == "residual" and depth < len(seen) else pushed
         return importance(row, seen[-1], tokens, self.value_norm)
 
-    def flops(self, group: int, n: int, heads: int, head_width: int, **_: int) -> int:
-        """Matrix products of the streamed form, for one referring token."""
+    def flops(self, group: int, n: int, heads: int, head_width: int, referring: int = 1, **_: int) -> int:
+        """Matrix products of the streamed form."""
+        reference = reference_flops(n, heads, head_width, referring)
         if self.combine in ("mean", "max"):
-            return group * row_flops(n, heads, head_width)
-        return row_flops(n, heads, head_width) + (group - 1) * (n * row_flops(n, heads, head_width) + 2 * n * n)
+            return group * reference
+        return reference + (group - 1) * propagate_flops(n, heads, head_width)
 
 
 @dataclass(frozen=True)
 class Layerwise:
-    """The reference's attention in the current layer only: TopK and the "layer-wise" row of the paper's Table 4."""
+    """The reference's attention in one layer only: TopK and the "layer-wise" row of the paper's Table 4.
+
+    raw    the probabilities as they are, not normalised over the visual tokens (EViT weighs with them)
+    needs  "last": the current layer's attention; "next": the one that the next layer would form (PyramidDrop)
+    """
 
     value_norm: bool = False
-    needs = "last"
+    raw: bool = False
+    needs: str = "last"
 
     def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]:
-        return importance(reference_row(seen[-1], tokens), seen[-1], tokens, self.value_norm)
+        row = reference_row(seen[-1], tokens)
+        if self.raw:
+            return hide_padding(tokens.of_visual(row), tokens)
+        return importance(row, seen[-1], tokens, self.value_norm)
 
-    def flops(self, n: int, heads: int, head_width: int, **_: int) -> int:
-        return row_flops(n, heads, head_width)
+    def flops(self, n: int, heads: int, head_width: int, referring: int = 1, **_: int) -> int:
+        return reference_flops(n, heads, head_width, referring)
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,16 @@ def mix(z: Tensor) -> Tensor:
 def row_flops(n: int, heads: int, head_width: int) -> int:
     """The logits of one query: 2 × MAC of q kᵀ over all heads."""
     return 2 * n * heads * head_width
+
+
+def propagate_flops(n: int, heads: int, head_width: int) -> int:
+    """A row vector times the map: the logits of all queries, and the product."""
+    return n * row_flops(n, heads, head_width) + 2 * n * n
+
+
+def reference_flops(n: int, heads: int, head_width: int, referring: int) -> int:
+    """The row that judges: one query's, or the mean over several."""
+    return row_flops(n, heads, head_width) if referring == 1 else propagate_flops(n, heads, head_width)
 
 
 def reference_weight(tokens: Tokens) -> Float[Tensor, "b n"]:

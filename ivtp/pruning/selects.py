@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 from ivtp.pruning.tokens import Selection, Tokens
 
 
+@runtime_checkable
 class Select(Protocol):
     def __call__(self, scores: Tensor | None, metric: Tensor | None, keep: int, tokens: Tokens) -> Selection: ...
 
@@ -24,13 +25,15 @@ def top_k(scores: Float[Tensor, "b v"], metric: Tensor | None, keep: int, tokens
 def bipartite(scores: Tensor | None, metric: Float[Tensor, "b v e"], keep: int, tokens: Tokens) -> Selection:
     """ToMe's bipartite soft matching (arXiv 2210.09461): every other token is compared with the rest, the most similar join.
 
-    One step merges at most half of the tokens. A class token in front takes part in the alternation, though not in
-    the merging, as in the published code, so the first patch then belongs to the second set. Order of what stays:
-    the unmerged of the first set, then the second set (the next step alternates over that order).
+    One step merges at most half of the tokens. A class token in front, and a distillation token behind it, take part in
+    the alternation, though not in the merging, as in the published code, so behind a lone class token the first patch
+    belongs to the second set. Order of what stays: the unmerged of the first set, then the second set (the next step
+    alternates over that order).
     """
     b, v, _ = metric.shape
     # The published alternation counts the class token as number 0.
-    lead = int(tokens.visual.shape[1] > v and not tokens.visual[0, 0] and bool(tokens.reference[0, 0]))
+    prefix = int(tokens.visual[0].int().argmax()) if bool(tokens.reference[0, 0]) else 0
+    lead = prefix % 2
     merges = v - keep
     if merges > v // 2:
         raise ValueError(
@@ -44,7 +47,7 @@ def bipartite(scores: Tensor | None, metric: Float[Tensor, "b v e"], keep: int, 
     best, partner = similarity.max(-1)
     order = best.argsort(dim=1, descending=True, stable=True)
     merged, stays = order[:, :merges], order[:, merges:]
-    if lead:  # as published: sorted only when there is a class token to bring to the front
+    if prefix:  # as published: sorted only when there is a class token to bring to the front
         stays = stays.sort(dim=1).values
 
     index = torch.cat([first[stays], second.expand(b, -1)], 1)

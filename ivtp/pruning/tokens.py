@@ -16,11 +16,13 @@ class Selection:
     index  position on the visual axis of each kept token, in the order in which they stay
     into   for every visual token the slot (0..k-1) it ends in, -1: nowhere; None: kept ones stay, the others go
     valid  False where a slot is only padding, for methods that keep a different number per sample; None: all real
+    weight what of every visual token goes into each slot, for methods whose slots share tokens; None: `into` tells
     """
 
     index: Int[Tensor, "b k"]
     into: Int[Tensor, "b v"] | None = None
     valid: Bool[Tensor, "b k"] | None = None
+    weight: Float[Tensor, "b k v"] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,15 @@ class Tokens:
     """A batch of sequences on their way through a stack of layers.
 
     x          hidden states
-    position   index in the unpruned sequence: patch position, RoPE position
+    position   place in the unpruned sequence, counted from the first patch: of a visual token its place in the image
     size       how many original tokens each one stands for
     valid      False: padding, never attended to
     visual     True: may be pruned; every sample has the same number of them (padding included)
     reference  True: its attention judges the visual ones (CLS, pseudo CLS, last token); several are averaged
     sample     a number that belongs to the sample wherever it stands in a batch; seeds random choices
     feature    what leaves the stack, if that is not `x` (LLaVA reads an earlier layer than the last)
+    relevance  cosine of each visual token with the instruction, for methods that ask for it
+    state      `x` after the model's last norm, there during a cut of a method that asks for it
     """
 
     x: Float[Tensor, "b n d"]
@@ -45,6 +49,8 @@ class Tokens:
     reference: Bool[Tensor, "b n"]
     sample: Int[Tensor, " b"]
     feature: Float[Tensor, "b n c"] | None = None
+    relevance: Float[Tensor, "b n"] | None = None
+    state: Float[Tensor, "b n d"] | None = None
 
     @classmethod
     def of(
@@ -118,7 +124,13 @@ class Tokens:
             reference=take(self.reference, source),
             sample=self.sample,
             feature=feature,
+            relevance=None if self.relevance is None else take(self.relevance, source),
         )
+
+    def samples(self, index: Int[Tensor, " c"]) -> Tokens:
+        """The sequences of the batch at `index`, repeated or reordered."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Tokens(**{name: None if value is None else value[index] for name, value in fields.items()})
 
     def append(self, x: Float[Tensor, "b d"]) -> Tokens:
         """Add one reference token at the end, as the only one that judges, one position after the last."""

@@ -1,0 +1,126 @@
+"""From config to objects: the only module that knows both."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ivtp.data.batches import Collate, QuestionData
+from ivtp.models import EMBEDDED, load_model, shape_of, source_shape
+from ivtp.pruners import PRUNERS, load_pruner
+from ivtp.pruners.budget import solve
+from ivtp.pruning.cost import Cost, Shape, cost
+from ivtp.pruning.pruner import Plan
+from ivtp.records import fingerprint
+from ivtp.registry import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of an experiment, planned: what it keeps and what it costs are known before the first image."""
+
+    label: str
+    section: str
+    pruner: dict
+    budget: dict
+    position_ids: str
+    plan: Plan
+    cost: Cost
+
+
+def quiet_libraries() -> None:
+    """Libraries talk about things that this run does on purpose; warnings of our own stay."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def build_model(config: DictConfig, device: str = "cpu"):
+    """Model and processor of `config.model`."""
+    c = config.model
+    return load_model(
+        c.source,
+        text_encoder=c.text_encoder,
+        dtype=c.dtype,
+        device=device,
+        revision=c.revision,
+        attn_implementation=c.attn_implementation,
+    )
+
+
+def build_shape(config: DictConfig) -> Shape:
+    """The sizes of `config.model` without its weights: from the config's own `config`, else from the checkpoint's."""
+    from transformers import AutoConfig
+
+    quiet_libraries()
+    c = config.model
+    settings = OmegaConf.to_container(c.get("config") or OmegaConf.create({}))
+    if settings:
+        return shape_of(AutoConfig.for_model(**settings))
+    return source_shape(c.source, c.text_encoder, c.revision)
+
+
+def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> QuestionData:
+    """The data module of `config.data`."""
+    c = config.data
+    if c.name == "scenes":
+        from ivtp.data.scenes import Scenes
+
+        data = Scenes(c.split, c.scenes, c.seed)
+    elif c.name == "folder":
+        from ivtp.data.questions import Questions
+
+        data = Questions(c.path, shape.patches)
+    else:
+        raise UserError(f"data.name={c.name!r} is not one of scenes, folder")
+    return QuestionData(data, Collate(processor, config.model.prompt), batch_size, c.limit)
+
+
+def plan_rows(rows: list[dict], shape: Shape, text: int, instruction: int) -> list[Row]:
+    """Plan every row; raises UserError, naming the row, for a budget or setting that cannot be met.
+
+    text, instruction  tokens of a prompt around the image, and of the instruction in the CLIP text encoder
+    """
+    planned: dict[str, Row] = {}
+    for row in rows:
+        settings = {key: value for key, value in row["pruner"].items() if key != "name"}
+        name = row["pruner"]["name"]
+
+        def build(keep: int | None, name=name, settings=settings, row=row) -> Plan:
+            given = {} if keep is None else {"keep": keep}
+            return load_pruner(name, shape, row["position_ids"], **settings, **given)
+
+        def flops(keep: int | None, build=build) -> int:
+            return cost(shape, build(keep), text, instruction).total
+
+        try:
+            keep = None
+            if "keep" in inspect.signature(PRUNERS[name]).parameters:
+                keep = solve(row["budget"], shape, flops, {label: other.cost.total for label, other in planned.items()})
+            plan = build(keep)
+            spent = cost(shape, plan, text, instruction)
+        except ValueError as error:
+            raise UserError(f"row {row['label']!r}: {error}") from error
+        pruner = row["pruner"] | ({} if keep is None else {"keep": keep})
+        planned[row["label"]] = Row(**{**row, "pruner": pruner}, plan=plan, cost=spent)
+    return list(planned.values())
+
+
+def model_identity(config: DictConfig, model) -> dict:
+    """What the results depend on of the model: its source, and a hash of its files or the revision of the hub."""
+    source = str(config.model.source)
+    folder = Path(EMBEDDED.get(source, source))
+    files = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")] if folder.is_dir() else []
+    commit = getattr(model.config, "_commit_hash", None)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"source": source, "hash": fingerprint(files) if files else commit, "dtype": dtype}

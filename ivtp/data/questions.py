@@ -1,0 +1,72 @@
+"""Your own questions: a folder with `questions.jsonl` and images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from ivtp.registry import UserError
+
+
+class DataError(UserError):
+    """A sample or data set that cannot be used; the message names it."""
+
+
+class Questions(Dataset):
+    """`questions.jsonl`, one object a line: id, image (path inside the folder), question, answer; family and patches
+    (indices of the patches that show what is asked about) if known.
+
+    Items have the fields of `Scenes`. Raises DataError, naming the line or sample, for what is missing or unreadable.
+    """
+
+    def __init__(self, path: str | Path, patch_count: int = 0) -> None:
+        self.folder, self.patch_count = Path(path), patch_count
+        table = self.folder / "questions.jsonl"
+        if not table.is_file():
+            raise DataError(f"{table} does not exist; data.path must be a folder with questions.jsonl and its images")
+        self.rows = []
+        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                self.rows.append(self._row(line, f"{table}, line {number}"))
+        if len({row["id"] for row in self.rows}) != len(self.rows):
+            raise DataError(f"{table}: ids must be unique, they name the per-sample outcomes")
+
+    def _row(self, line: str, where: str) -> dict:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error})") from error
+        for key in ("id", "image", "question", "answer"):
+            if not isinstance(row.get(key), str):
+                raise DataError(f"{where}: {key!r} must be a text")
+        if not row["question"].strip():
+            raise DataError(f"{where}: sample {row['id']!r} has an empty question")
+        image = (self.folder / row["image"]).resolve()
+        if not image.is_relative_to(self.folder.resolve()):
+            raise DataError(f"{where}: image {row['image']!r} lies outside the data folder")
+        return row
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: int) -> dict:
+        row = self.rows[item]
+        try:
+            with Image.open(self.folder / row["image"]) as image:
+                picture = image.convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DataError(f"sample {row['id']!r}: image {row['image']!r} cannot be read ({error})") from error
+        patches = torch.zeros(self.patch_count, dtype=torch.bool)
+        patches[[p for p in row.get("patches", []) if 0 <= p < self.patch_count]] = True
+        return {
+            "id": row["id"],
+            "image": picture,
+            "question": row["question"],
+            "answer": row["answer"],
+            "family": row.get("family", "all"),
+            "patches": patches,
+        }

@@ -1,0 +1,1 @@
+"""Evaluation of frozen models: a test loop, metrics with errors, paired statistics."""

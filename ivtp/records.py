@@ -1,0 +1,98 @@
+"""Results on disk: one JSON line per row of an experiment, one file of per-sample outcomes per row.
+
+`results.jsonl` is the source of truth; everything else (table, figures, W&B) is drawn from it. Lines are appended in
+one write and synced, so a kill loses at most the line in flight; a torn line is set aside on the next start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ivtp.registry import UserError
+
+
+class RecordError(UserError):
+    """A results folder that cannot be read or written; the message says which and why."""
+
+
+def append(path: Path, rows: Iterable[dict]) -> None:
+    """Add rows to a JSON-lines file, all in one write."""
+    text = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            written = file.write(text)
+            if written != len(text):
+                raise OSError(28, f"only {written} of {len(text)} bytes could be written")
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RecordError(f"cannot write {path}: {error.strerror or error}; choose another folder with output=FOLDER") from error
+
+
+def read(path: Path) -> tuple[list[dict], int]:
+    """The rows of a JSON-lines file and how many torn lines were set aside (into `<file>.torn`)."""
+    if not path.is_file():
+        return [], 0
+    rows, torn = [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("no line end")
+            rows.append((line, json.loads(line)))
+        except ValueError:
+            torn.append(line)
+    if torn:
+        with open(path.with_name(path.name + ".torn"), "ab") as aside:
+            aside.writelines(torn)
+        replace(path, b"".join(line for line, _ in rows))
+    return [row for _, row in rows], len(torn)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RecordError(f"cannot write {path}: {error.strerror or error}; choose another folder with output=FOLDER") from error
+
+
+def _finite(value):
+    """JSON has no NaN: what is not known is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def key(*parts) -> str:
+    """A short hash of anything JSON can hold: the same request by the same code gives the same key."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """A hash of files' names and contents (of the first and last MiB of large ones)."""
+    digest, mib = hashlib.sha256(), 1 << 20
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(mib * 32 if size < mib * 32 else mib))
+            if size >= mib * 32:
+                file.seek(-mib, os.SEEK_END)
+                digest.update(file.read(mib))
+    return digest.hexdigest()[:16]
+
+
+def code_version() -> str:
+    """A hash of this package's own source: results of other code are not taken for this one's."""
+    return fingerprint(list(Path(__file__).parent.rglob("*.py")))

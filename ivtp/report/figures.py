@@ -1,0 +1,101 @@
+"""Accuracy against cost, and pictures of the tokens that were kept."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+MARKERS = "osD^vP*Xh<>"
+
+
+def accuracy_cost(rows: list[dict], path: Path) -> None:
+    """Accuracy with its standard error against FLOPs; one series per kind of label, one marker per section."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    sections = list(dict.fromkeys(row["section"] for row in rows))
+    for i, row in enumerate(rows):
+        accuracy = row["metrics"]["accuracy"]
+        axes.errorbar(
+            row["tflops"]["total"] * 1e3,
+            100 * accuracy["mean"],
+            yerr=100 * (accuracy["se"] or 0),
+            fmt=MARKERS[sections.index(row["section"]) % len(MARKERS)],
+            color=plt.cm.turbo(0.05 + 0.9 * i / max(1, len(rows) - 1)),
+            label=row["label"],
+            capsize=2,
+            markersize=5,
+        )
+    axes.set(xlabel="GFLOPs per question, prefill", ylabel="accuracy (%)", title=rows[0]["experiment"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + (len(rows) > 24))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def overlay(image: np.ndarray, kept: list[int], patches: int, asked: np.ndarray | None = None) -> np.ndarray:
+    """The image with everything but the kept patches darkened, and the asked patches framed; RGB uint8."""
+    side = math.isqrt(patches)
+    mask = np.zeros(patches, dtype=bool)
+    mask[kept] = True
+    height, width = image.shape[:2]
+    scale = max(1, round(192 / side)) * side
+    rows = np.arange(scale) * height // scale
+    columns = np.arange(scale) * width // scale
+    large = image[rows][:, columns].astype(float)
+    cell = scale // side
+    light = np.kron(mask.reshape(side, side), np.ones((cell, cell)))[:, :, None]
+    large = large * (0.25 + 0.75 * light) + 30 * (1 - light)
+    if asked is not None and asked.any():
+        area = np.kron(asked.reshape(side, side), np.ones((cell, cell))).astype(bool)
+        inner = area.copy()
+        for axis in (0, 1):
+            for step in (-1, 1):
+                inner &= np.roll(area, step, axis)
+        large[area & ~inner] = (255, 255, 255)
+    return large.clip(0, 255).astype(np.uint8)
+
+
+def kept_tokens(rows: list[dict], outcomes: dict, data, path: Path, samples: int = 5) -> bool:
+    """One line of pictures per row that cuts tokens: what the last cut left, the asked objects framed in white.
+
+    False where no row kept a record of its tokens. At most one row of each set of swept random seeds is drawn.
+    """
+    drawn = [row for row in rows if outcomes[row["label"]] and outcomes[row["label"]][0]["kept"] is not None]
+    if not drawn:
+        return False
+    drawn = [row for row in drawn if "random" not in row["label"]] or drawn
+    drawn = drawn[:10]
+    patches = rows[0]["tokens"][0]
+    # One sample of each family in turn, each about another image.
+    count = min(samples, len(data))
+    places = [min(i * (len(data) // count) + i, len(data) - 1) for i in range(count)]
+    figure, grid = plt.subplots(
+        len(drawn), count, figsize=(2.1 * count, 2.25 * len(drawn) + 0.5), squeeze=False, layout="constrained"
+    )
+    for line, row in zip(grid, drawn, strict=True):
+        by_id = {outcome["id"]: outcome for outcome in outcomes[row["label"]]}
+        for column, (axes, place) in enumerate(zip(line, places, strict=True)):
+            sample = data[place]
+            outcome = by_id[sample["id"]]
+            axes.imshow(overlay(np.asarray(sample["image"]), outcome["kept"], patches, sample["patches"].numpy()))
+            axes.set(xticks=[], yticks=[])
+            colour = "tab:green" if outcome["correct"] else "tab:red"
+            axes.set_xlabel(plain(outcome["prediction"]), fontsize=7, color=colour, labelpad=2)
+            if row is drawn[0]:
+                axes.set_title(plain(sample["question"], 34), fontsize=6.5)
+            if column == 0:
+                axes.set_ylabel(plain(row["label"]), fontsize=7)
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+    return True
+
+
+def plain(text: str, width: int = 40) -> str:
+    """Text from data as text: no TeX, no line longer than `width`."""
+    text = text.replace("$", r"\$")
+    return text if len(text) <= width else text[: width - 1] + "…"
