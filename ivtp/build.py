@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +14,15 @@ from ivtp.data.batches import Collate, QuestionData
 from ivtp.models import EMBEDDED, load_model, shape_of, source_shape
 from ivtp.pruners import PRUNERS, load_pruner
 from ivtp.pruners.budget import solve
+from ivtp.pruning.conventions import resampler
 from ivtp.pruning.cost import Cost, Shape, cost
 from ivtp.pruning.pruner import Plan
 from ivtp.records import fingerprint
-from ivtp.registry import UserError
+from ivtp.registry import UnknownName, UserError, unknown
+
+
+STAND_INS = {"resampler": resampler}
+"""Methods with trained modules of their own: known by their cost alone, never run."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +30,16 @@ class Row:
     """One row of an experiment, planned: what it keeps and what it costs are known before the first image."""
 
     label: str
+    series: str
     section: str
     pruner: dict
     budget: dict
     position_ids: str
     plan: Plan
     cost: Cost
+    paper: str | None = None
+    stand_in: str | None = None
+    seeds_of: str | None = None
 
 
 def quiet_libraries() -> None:
@@ -76,7 +87,10 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
     if c.name == "scenes":
         from ivtp.data.scenes import Scenes
 
-        data = Scenes(c.split, c.scenes, c.seed)
+        try:
+            data = Scenes(c.split, c.scenes, c.seed)
+        except ValueError as error:
+            raise UserError(f"data: {error}") from error
     elif c.name == "folder":
         from ivtp.data.questions import Questions
 
@@ -93,6 +107,8 @@ def plan_rows(rows: list[dict], shape: Shape, text: int, instruction: int) -> li
     """
     planned: dict[str, Row] = {}
     for row in rows:
+        if row.get("stand_in") not in (None, *STAND_INS):
+            raise UnknownName(unknown(f"stand_in of row {row['label']!r}:", row["stand_in"], STAND_INS))
         settings = {key: value for key, value in row["pruner"].items() if key != "name"}
         name = row["pruner"]["name"]
 
@@ -100,13 +116,18 @@ def plan_rows(rows: list[dict], shape: Shape, text: int, instruction: int) -> li
             given = {} if keep is None else {"keep": keep}
             return load_pruner(name, shape, row["position_ids"], **settings, **given)
 
-        def flops(keep: int | None, build=build) -> int:
-            return cost(shape, build(keep), text, instruction).total
+        def spend(keep: int | None, build=build) -> Cost:
+            return cost(shape, build(keep), text, instruction)
 
         try:
             keep = None
+            if row.get("stand_in"):
+                keep = solve(row["budget"], shape, lambda keep: STAND_INS[row["stand_in"]](shape, keep, text)[1])
+                plan, spent = STAND_INS[row["stand_in"]](shape, keep, text)
+                planned[row["label"]] = Row(**row, plan=plan, cost=spent)
+                continue
             if "keep" in inspect.signature(PRUNERS[name]).parameters:
-                keep = solve(row["budget"], shape, flops, {label: other.cost.total for label, other in planned.items()})
+                keep = solve(row["budget"], shape, spend, {label: other.cost for label, other in planned.items()})
             plan = build(keep)
             spent = cost(shape, plan, text, instruction)
         except ValueError as error:
@@ -114,6 +135,16 @@ def plan_rows(rows: list[dict], shape: Shape, text: int, instruction: int) -> li
         pruner = row["pruner"] | ({} if keep is None else {"keep": keep})
         planned[row["label"]] = Row(**{**row, "pruner": pruner}, plan=plan, cost=spent)
     return list(planned.values())
+
+
+def data_hash(data: QuestionData) -> str:
+    """A hash of every sample: id, question, answer, pixels, asked patches."""
+    digest = hashlib.sha256()
+    for sample in data.samples():
+        digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
+        digest.update(sample["image"].tobytes())
+        digest.update(sample["patches"].numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def model_identity(config: DictConfig, model) -> dict:

@@ -10,19 +10,43 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ivtp.pruners import PRUNERS, list_pruners
-from ivtp.pruners.budget import chosen
+from ivtp.pruners.budget import KINDS, chosen
 from ivtp.registry import UnknownName, UserError, unknown
 
 # In the wheel the configs are inside the package; in a checkout they are the top-level folder.
 _INSIDE = Path(__file__).parent / "configs"
 FOLDER = _INSIDE if _INSIDE.is_dir() else Path(__file__).parent.parent / "configs"
 GROUPS = ("model", "data", "pruner", "trainer", "logger", "debug", "experiment")
-VARIANT_KEYS = ("label", "section", "sweep", "pruner", "budget", "position_ids")
+VARIANT_KEYS = ("label", "section", "sweep", "pruner", "budget", "position_ids", "seeds", "paper", "stand_in")
+
+# Bounds of single keys: the least whole number, what there is to choose from, what must be a text.
+WHOLE = {
+    "seed": 0,
+    "trainer.batch_size": 1,
+    "trainer.threads": 1,
+    "trainer.share_mib": 0,
+    "data.scenes": 1,
+    "data.seed": 0,
+    "data.limit": 1,
+    "data.max_new_tokens": 1,
+    "logger.samples": 0,
+    "viewer": 0,
+}
+NULLABLE = ("trainer.threads", "data.limit")
+CHOICES = {
+    "trainer.device": ("auto", "cpu", "cuda"),
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "position_ids": ("keep", "renumber"),
+    "evaluate": (True, False),
+    "measure": (True, False),
+    "pictures": ("images", "questions"),
+}
+TEXTS = ("name", "output", "model.source", "model.prompt", "data.path")
 
 
 class ConfigError(UserError):
@@ -58,8 +82,9 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
         key, equals, value = override.lstrip("+~").partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not of the form key=value")
-        if key in GROUPS and value not in ("null", "") and value not in options(key):
+        if key in GROUPS and value not in options(key) and (key, value) != ("experiment", "null"):
             raise UnknownName(unknown(key, value, options(key)))
+    overrides = [override for override in overrides if override != "experiment=null"]
     store = ConfigStore.instance()
     for name in list_pruners():
         if not (FOLDER / "pruner" / f"{name}.yaml").is_file():
@@ -71,7 +96,35 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise _readable(error, overrides) from error
+    check(config)
     return config
+
+
+def check(config: DictConfig) -> None:
+    """Refuse values that no run could use, before anything is loaded; ConfigError names the key, value and bound."""
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        key = min(missing)
+        raise ConfigError(f"{key} has no value; give it as {key}=VALUE")
+    for key, low in WHOLE.items():
+        value = OmegaConf.select(config, key, default=low)
+        if value is None and key in NULLABLE:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            null = ", or null" if key in NULLABLE else ""
+            raise ConfigError(f"{key}={value} must be a whole number of at least {low}{null}")
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(config, key, default=allowed[0])
+        if value not in allowed:
+            raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}")
+    for key in TEXTS:
+        value = OmegaConf.select(config, key, default="-")
+        if not isinstance(value, str) or not value.strip():
+            raise ConfigError(f"{key}={value!r} must be a text that is not empty")
+    if Path(config.name).name != config.name:
+        raise ConfigError(f"name={config.name!r} must be the name of one folder; choose its place with output=FOLDER")
+    if not isinstance(config.budget, DictConfig):
+        raise ConfigError(f"budget={config.budget} must name its kind: budget.keep=16, budget.ratio=0.1, …")
 
 
 def _readable(error: Exception, overrides: Sequence[str]) -> Exception:
@@ -81,6 +134,8 @@ def _readable(error: Exception, overrides: Sequence[str]) -> Exception:
         key = override.partition("=")[0]
         if key not in GROUPS and not key.startswith(("+", "~")) and key not in known:
             return UnknownName(unknown("key", key, known))
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override!r} cannot be read as key=value; put a value with signs in it in quotes")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ConfigError(lines[0] if lines else type(error).__name__)
 
@@ -103,12 +158,17 @@ def _flat(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def variants(config: DictConfig) -> Iterator[dict]:
-    """The rows of an experiment: dicts with label, section, pruner (name and settings), budget, position_ids.
+    """The rows of an experiment: dicts with label, series (the label without what is swept), section,
+    pruner (name and settings), budget, position_ids; paper (the row of the paper that it repeats), stand_in (what it only
+    stands in for in cost), seeds_of (of which row it is one seed).
+
+    A sweep may run over settings, `pruner`, `position_ids` and every kind of budget.
 
     A row's pruner starts from the composed one if it is the same method (so `pruner.tau=0.3` on the command line
     reaches all its rows), else from the method's own defaults.
     """
     base = OmegaConf.to_container(config)
+    _check_variants(base["variants"])
     rows = base["variants"] or [{"label": "unpruned", "pruner": "none"}]
     if not base["variants"] and base["pruner"]["name"] != "none":
         rows.append({"label": base["pruner"]["name"]})
@@ -121,17 +181,56 @@ def variants(config: DictConfig) -> Iterator[dict]:
             name = settings.pop("pruner", None) or row.get("pruner") or base["pruner"]["name"]
             pruner = base["pruner"] if name == base["pruner"]["name"] else pruner_defaults(name)
             pruner = {k: base["seed"] if v == "${seed}" else v for k, v in pruner.items()}
+            budget = {k: settings.pop(k) for k in KINDS if k in settings and k not in pruner}
+            budget = dict([chosen(budget or row.get("budget", base["budget"]))])
+            position_ids = settings.pop("position_ids", None) or row.get("position_ids", base["position_ids"])
             for key in settings:
                 if key not in pruner:
                     raise UnknownName(unknown(f"setting of pruner {name!r}:", key, pruner))
-            label = row["label"].format(**swept)
+            try:
+                label, paper = row["label"].format(**swept), (row.get("paper") or "").format(**swept)
+            except (KeyError, IndexError, ValueError) as error:
+                raise ConfigError(f"label {row['label']!r}: {error} is not a key of its sweep") from error
             if label in seen:
                 raise ConfigError(f"two rows are labelled {label!r}; name the swept keys in the label")
             seen.add(label)
-            yield {
+            variant = {
                 "label": label,
+                "series": row["label"].format(**dict.fromkeys(swept, "…")),
                 "section": row.get("section", ""),
                 "pruner": pruner | settings,
-                "budget": dict([chosen(row.get("budget", base["budget"]))]),
-                "position_ids": row.get("position_ids", base["position_ids"]),
+                "budget": budget,
+                "position_ids": position_ids,
+                "paper": paper or None,
+                "stand_in": row.get("stand_in"),
+                "seeds_of": None,
             }
+            yield from _seeded(variant, row.get("seeds"))
+
+
+def _seeded(variant: dict, seeds: object) -> Iterator[dict]:
+    """The variant, or one for each of its seeds, which the report draws together again."""
+    if seeds is None:
+        yield variant
+        return
+    label, pruner = variant["label"], variant["pruner"]
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ConfigError(f"row {label!r}: seeds={seeds} must be a whole number of at least 1")
+    if "seed" not in pruner:
+        raise ConfigError(f"row {label!r}: seeds={seeds}, but pruner {pruner['name']!r} has no seed; leave seeds out")
+    for seed in range(pruner["seed"], pruner["seed"] + seeds):
+        yield variant | {"label": f"{label} · seed {seed}", "seeds_of": label, "pruner": pruner | {"seed": seed}}
+
+
+def _check_variants(rows: object) -> None:
+    """Every row is a mapping with a label; a sweep is a mapping of lists."""
+    if not isinstance(rows, (list, type(None))):
+        raise ConfigError(f"variants={rows!r} must be a list of rows")
+    for number, row in enumerate(rows or [], start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("label"), str):
+            raise ConfigError(f"row {number} of variants, {row!r}, must have a text `label` and settings")
+        sweep = row.get("sweep") or {}
+        if not isinstance(sweep, dict) or not all(isinstance(values, list) for values in sweep.values()):
+            raise ConfigError(f"row {row['label']!r}: sweep={sweep!r} must name settings, each with a list of values")
+        if not isinstance(row.get("budget", {}), dict):
+            raise ConfigError(f"row {row['label']!r}: budget={row['budget']!r} must name its kind, as in {{keep: 16}}")

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ivtp.backbones import FAMILIES, ModelError, family, reason
+from ivtp.backbones.shared import SharedVision
 from ivtp.pruners import load_pruner
 from ivtp.pruners.sites import part1_layers
 from ivtp.pruning.cost import Shape
@@ -133,6 +134,8 @@ def prune(
     instruction: str | Sequence[str] | None = None,
     read_early: bool = False,
     part: Callable[[str], AbstractContextManager] = nullcontext,
+    shared: SharedVision | None = None,
+    truth: Tensor | None = None,
     **settings,
 ) -> Iterator:
     """Within the context `model` runs pruned: its own forward, and transformers' own `generate`.
@@ -140,6 +143,8 @@ def prune(
     pruner       a name from `list_pruners()`, with its settings (`keep=16`, `group=3`, `tau=0.2`, …), or a Plan
     instruction  the part of each prompt that guidance reads (the question); default: all text of the prompt
     read_early   also read the answer out after part 1 (`run.trace.early`)
+    shared       keeps what the vision tower of this model answers for other plans that prune it alike
+    truth        for oracles: "b v", True on the patches that each prompt asks about
     Yields a run whose `trace` tells which tokens each cut of the last prefill kept. On exit, by an exception too, the
     model is what it was before.
     """
@@ -147,5 +152,6 @@ def prune(
     read_at = part1_layers(shape_of(model)) if read_early else 0
     if plan.language is not None and read_early:
         read_at = plan.part1 or read_at
-    with family(model).prune(model, plan, instruction, read_at, part) as run:
+    more = {name: value for name, value in (("shared", shared), ("truth", truth)) if value is not None}
+    with family(model).prune(model, plan, instruction, read_at, part, **more) as run:
         yield run

@@ -6,11 +6,13 @@ one write and synced, so a kill loses at most the line in flight; a torn line is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ivtp.registry import UserError
@@ -22,16 +24,27 @@ class RecordError(UserError):
 
 def append(path: Path, rows: Iterable[dict]) -> None:
     """Add rows to a JSON-lines file, all in one write."""
-    text = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    text = "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
-            written = file.write(text)
-            if written != len(text):
-                raise OSError(28, f"only {written} of {len(text)} bytes could be written")
-            os.fsync(file.fileno())
+            before = file.tell()
+            try:
+                written = file.write(text)
+                if written != len(text):
+                    raise OSError(errno.ENOSPC, f"only {written} of {len(text)} bytes fit")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)  # no torn line is left behind
+                raise
     except OSError as error:
-        raise RecordError(f"cannot write {path}: {error.strerror or error}; choose another folder with output=FOLDER") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RecordError:
+    return RecordError(
+        f"cannot write {path}: {error.strerror or error}; make room or choose another folder with output=FOLDER"
+    )
 
 
 def read(path: Path) -> tuple[list[dict], int]:
@@ -43,12 +56,15 @@ def read(path: Path) -> tuple[list[dict], int]:
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("no line end")
-            rows.append((line, json.loads(line)))
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+            rows.append((line, row))
         except ValueError:
             torn.append(line)
     if torn:
-        with open(path.with_name(path.name + ".torn"), "ab") as aside:
-            aside.writelines(torn)
+        aside = path.with_name(path.name + ".torn")
+        replace(aside, (aside.read_bytes() if aside.exists() else b"") + b"".join(torn))
         replace(path, b"".join(line for line, _ in rows))
     return [row for _, row in rows], len(torn)
 
@@ -61,17 +77,18 @@ def replace(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RecordError(f"cannot write {path}: {error.strerror or error}; choose another folder with output=FOLDER") from error
+        with suppress(OSError):  # it may not even be there
+            temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
 
 
-def _finite(value):
+def finite(value):
     """JSON has no NaN: what is not known is null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def key(*parts) -> str:

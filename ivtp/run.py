@@ -5,6 +5,7 @@ Any key of the config can be given as `key=value`, any group as `group=name`; `-
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -33,6 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ivtp: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # Of a disk that is full or gone while a library writes; what was finished before is on it already.
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"ivtp: cannot read or write{where}: {error.strerror or error}; make room or choose another folder with "
+            "output=FOLDER; the same command goes on from here",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -60,26 +70,29 @@ def run(arguments: Sequence[str]) -> Path:
 
     from rich.console import Console
 
-    console = Console(stderr=True)
-    console.print(f"[bold]{config.name}[/]: {len(rows)} rows → {folder}", highlight=False)
+    console = Console(highlight=False)  # standard error is for what went wrong
+    console.print(f"[bold]{config.name}[/]: {len(rows)} rows → {folder}", soft_wrap=True)
 
     from ivtp import build, records
 
     build.quiet_libraries()
+    from ivtp.report import check_paper
+
+    check_paper(config.paper, rows)
+    check_claims(config, rows)
+    spend(config, rows, folder, console)
+    if not config.evaluate:
+        return folder
+    rows = [row for row in rows if not row["stand_in"]]
     device = pick_device(config)
     model, processor = build.build_model(config, device)
     shape = build.shape_of(model)
     data = build.build_data(config, processor, shape, config.trainer.batch_size)
     text, instruction = prompt_lengths(data, processor, config.model.prompt)
     planned = build.plan_rows(rows, shape, text, instruction)
-    if config.compare_to is not None and config.compare_to not in {row.label for row in planned}:
-        from ivtp.registry import UnknownName, unknown
-
-        raise UnknownName(unknown("row to compare to", config.compare_to, [row.label for row in planned]))
-
     identity = {
         "model": build.model_identity(config, model),
-        "data": dict(config.data),
+        "data": dict(config.data) | {"hash": build.data_hash(data)},
         "prompt": config.model.prompt,
         "text_encoder": config.model.text_encoder,
         "code": records.code_version(),
@@ -87,26 +100,82 @@ def run(arguments: Sequence[str]) -> Path:
     results = folder / "results.jsonl"
     finished, torn = records.read(results)
     if torn:
-        console.print(f"{torn} torn line(s) of {results} set aside in {results.name}.torn")
+        console.print(f"{torn} torn line(s) of {results} set aside in {results.name}.torn", soft_wrap=True)
     done = {record["key"]: record for record in finished}
     about = {"experiment": config.name, **identity, "text_tokens": text, "seed": config.seed, **machine(device)}
 
-    evaluator = Evaluator(model, processor, data, config, folder, console)
+    from ivtp.report import report, viewer
+
+    watch = viewer.save(folder, data.data, processor, config.viewer)
+    evaluator = Evaluator(model, processor, data, config, folder, console, watch, text)
     current = []
     for number, row in enumerate(planned, start=1):
-        asked = {k: v for k, v in asdict(row).items() if k not in ("plan", "cost", "label", "section")}
+        asked = {k: v for k, v in asdict(row).items() if k in ("pruner", "budget", "position_ids")}
         key = records.key(asked, identity)
         record = done.get(key)
+        evaluator.share(planned[number - 1 :])
         if record is None or record["label"] != row.label:
             title = f"{number}/{len(planned)} {row.label}"
             record = evaluator.evaluate(key, row, title) | about | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             records.append(results, [record])
         current.append(record)
         evaluator.log(record, current)
-    from ivtp.report import report
+    about = {"keys": [record["key"] for record in current], "compare_to": config.compare_to, "question": question(config)}
+    from omegaconf import OmegaConf
 
-    report(folder, current, config.compare_to, data.data, Console())
+    about |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures")}
+    records.replace(folder / "experiment.json", json.dumps(about, ensure_ascii=False).encode())
+    report(folder, current, config.compare_to, data.data, Console(), about["question"], about)
     return folder
+
+
+def check_claims(config, rows: list[dict]) -> None:
+    """Every row that is compared to, or claimed something of, exists; rows of several seeds go by their common label."""
+    from ivtp.registry import UnknownName, unknown
+
+    labels = {row["seeds_of"] or row["label"] for row in rows}
+    named = [config.compare_to] if config.compare_to is not None else []
+    for name in [*named, *(row for claim in config.claims for row in claim["rows"])]:
+        if name not in labels:
+            raise UnknownName(unknown("row to compare to", str(name), labels))
+
+
+def spend(config, rows: list[dict], folder: Path, console) -> None:
+    """The cost of the rows on the models of `costs`, from their configs alone: printed, and in costs.jsonl."""
+    from omegaconf import OmegaConf
+
+    from ivtp import records
+    from ivtp.build import build_shape
+    from ivtp.config import FOLDER, options
+    from ivtp.cost import as_text, closed_form, tables
+    from ivtp.registry import UnknownName, unknown
+
+    found = []
+    for name in (config.costs.models or []) if config.variants else []:
+        if name not in options("model"):
+            raise UnknownName(unknown("model", str(name), options("model")))
+        shape = build_shape(OmegaConf.create({"model": OmegaConf.load(FOLDER / "model" / f"{name}.yaml")}))
+        try:
+            found += closed_form(name, rows, shape, config.costs.text, None)
+        except UserError as error:  # a budget that only fits the model that runs
+            console.print(f"no cost of {name}: {error}", soft_wrap=True, markup=False)
+    records.replace(folder / "costs.jsonl", b"")
+    records.append(folder / "costs.jsonl", found)
+    if not config.evaluate:
+        from ivtp.report.tables import markdown
+
+        made = tables(found)
+        for table in made:
+            print(as_text(table))
+        text = f"# {config.name}\n" + "".join(markdown(*table) for table in made)
+        records.replace(folder / "table.md", text.encode())
+
+
+def question(config) -> str:
+    """What the experiment asks: its own `question`, else the first comment of its YAML."""
+    from ivtp.config import options
+
+    return config.get("question") or options("experiment").get(config.name, "")
 
 
 def records_probe(folder: Path) -> None:
@@ -125,7 +194,7 @@ def pick_device(config) -> str:
     device = config.trainer.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"trainer.device={device}, but torch sees no CUDA device here; use trainer.device=cpu")
     return device
 
@@ -143,14 +212,22 @@ def machine(device: str) -> dict:
     """Where and with what the results were made."""
     import torch
 
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    except OSError:  # no git here
+        git = ""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {
         "versions": {"ivtp": version("ivtp"), "python": platform.python_version()}
         | {package: version(package) for package in VERSIONED},
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         "machine": {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }
 
@@ -158,10 +235,24 @@ def machine(device: str) -> dict:
 class Evaluator:
     """Runs rows through `Trainer.test`, keeps their per-sample outcomes in files, and logs them."""
 
-    def __init__(self, model, processor, data, config, folder: Path, console) -> None:
+    def __init__(self, model, processor, data, config, folder: Path, console, watch=frozenset(), text: int = 0) -> None:
         self.model, self.processor, self.data, self.config = model, processor, data, config
-        self.folder, self.console = folder, console
+        self.folder, self.console, self.watch, self.text = folder, console, watch, text
+        from ivtp.backbones.shared import SharedVision
+
+        self.shared = None
+        if config.trainer.share_mib and not config.measure:
+            self.shared = SharedVision(config.trainer.share_mib << 20)
         self.outcomes: dict[str, list[dict]] = {}
+
+    def share(self, rows: list) -> None:
+        """Keep of the vision side what this row and later ones need; a row that shares with none keeps nothing."""
+        if self.shared is not None:
+            from ivtp.backbones.shared import vision_side
+
+            self.shared.keep_for([row.plan for row in rows])
+            later = [vision_side(row.plan) for row in rows[1:]]
+            self.shared.open = vision_side(rows[0].plan) in later
 
     def outcome_file(self, key: str) -> Path:
         return self.folder / "outcomes" / f"{key}.jsonl"
@@ -180,7 +271,7 @@ class Evaluator:
 
         from ivtp import records
         from ivtp.evaluation.answer import Answer
-        from ivtp.evaluation.statistics import summary
+        from ivtp.evaluation.statistics import passing, summary
 
         path = self.outcome_file(key)
         outcomes = self.read(key)
@@ -195,7 +286,12 @@ class Evaluator:
                 outcomes.extend(new)
                 progress.update(task, completed=len(outcomes))
 
-            module = Answer(self.model, self.processor, row.plan, record, self.config.data.max_new_tokens)
+            watch = self.stopwatch()
+            more = {"shared": self.shared} | ({"part": watch} if watch else {})
+            module = Answer(
+                self.model, self.processor, row.plan, record, self.config.data.max_new_tokens, self.watch, **more
+            )
+            hits = self.shared.hits if self.shared else 0
             before = len(outcomes)
             if before < len(self.data.data):
                 accelerator = "cpu" if self.model.device.type == "cpu" else "gpu"
@@ -214,25 +310,63 @@ class Evaluator:
         error = "" if accuracy["se"] != accuracy["se"] else f" ± {100 * accuracy['se']:.1f}"
         speed = f", {rate:.0f} questions/s" if rate else ""
         self.console.print(
-            f"{title}: {100 * accuracy['mean']:.1f}{error} %, {row.cost.total / 1e9:.4g} GFLOPs{speed}", highlight=False
+            f"{title}: {100 * accuracy['mean']:.1f}{error} %, {row.cost.total / 1e9:.4g} GFLOPs{speed}", soft_wrap=True
         )
         plan = row.plan
         return {
             "key": key,
             "label": row.label,
+            "series": row.series,
             "section": row.section,
             "pruner": row.pruner,
             "budget": row.budget,
             "position_ids": row.position_ids,
+            "paper": row.paper,
+            "seeds_of": row.seeds_of,
             "tokens": list(row.cost.tokens),
+            "average_tokens": row.cost.average_tokens,
             "cuts": {
                 site: [[cut.layer, cut.keep, cut.after] for cut in pruner.schedule] if pruner else []
                 for site, pruner in (("vision", plan.vision), ("language", plan.language))
             },
             "tflops": row.cost.tflops(),
             "metrics": metrics,
-            "speed": {"questions_per_second": rate, "batch_size": self.config.trainer.batch_size},
+            "speed": {
+                "questions_per_second": rate,
+                "batch_size": self.config.trainer.batch_size,
+                "shared": bool(self.shared and self.shared.hits > hits),
+            }
+            | ({"parts": {part: s / (len(outcomes) - before) for part, s in watch.seconds.items()}} if watch and rate else {}),
+            **({"counted": self.count(plan)} if self.config.measure else {}),
+            **({"words": passing(outcomes, plan.tau)} if plan.reads_clip and plan.words == "te_rt" else {}),
         }
+
+    def stopwatch(self):
+        """Takes the time of each part, where the experiment measures."""
+        if not self.config.measure:
+            return None
+        from ivtp.evaluation.speed import Stopwatch
+
+        import torch
+
+        return Stopwatch(torch.cuda.synchronize) if self.model.device.type == "cuda" else Stopwatch()
+
+    def count(self, plan) -> dict:
+        """FLOPs of one prefill of the first sample: as torch counts the executed ones, and in closed form."""
+        from ivtp.build import shape_of
+        from ivtp.evaluation.speed import count
+        from ivtp.pruning.cost import cost
+
+        batch = self.data.collate([self.data.data[0]])
+        question = batch.samples[0]["question"]
+        shape = shape_of(self.model)
+        words = batch.inputs["input_ids"].shape[1] - shape.patches
+        read = len(self.processor.tokenizer(question, add_special_tokens=False)["input_ids"]) + 2
+        closed = cost(shape, plan, words, read, streamed=True)
+        parts = ("vision", "projector", "text_encoder", "language", "pruner", "total")
+        inputs = {name: value.to(self.model.device) for name, value in batch.inputs.items()}
+        counted = count(self.model, plan, inputs, question)
+        return {"counted": counted, "closed": {part: getattr(closed, part) for part in parts}}
 
     def log(self, record: dict, current: list[dict]) -> None:
         """One W&B run per row; what was logged once is not logged again by a run that goes on."""

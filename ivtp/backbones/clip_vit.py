@@ -26,8 +26,27 @@ def sample_number(pixel_values: Tensor) -> Tensor:
     return mix((bits * (2 * torch.arange(bits.shape[1], device=bits.device) + 1)).sum(1))
 
 
+def shrink(image: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """The image at `grid` rows and columns of patches of so many pixels."""
+    size = (grid[0] * patch[0], grid[1] * patch[1])
+    return torch.nn.functional.interpolate(image.float(), size, mode="bicubic", antialias=True).to(image.dtype)
+
+
+def spread(tokens: Tokens, grid: tuple[int, int], full: tuple[int, int]) -> Tokens:
+    """Positions of a small grid's tokens in the full one that it was shrunk from: the middle of what each covers."""
+    rows, columns = full
+    row = (2 * torch.arange(grid[0], device=tokens.x.device) + 1) * rows // (2 * grid[0])
+    column = (2 * torch.arange(grid[1], device=tokens.x.device) + 1) * columns // (2 * grid[1])
+    place = (row[:, None] * columns + column).flatten().expand(len(tokens.x), -1)
+    size = torch.full_like(place, rows * columns / place.shape[1], dtype=tokens.size.dtype)
+    index = tokens.visual_index
+    return replace(
+        tokens, position=tokens.position.scatter(1, index, place), size=tokens.size.scatter(1, index, size)
+    )
+
+
 class ClipVit:
-    """A `CLIPVisionModel` as a stack; `features` are the 0-based layers whose outputs leave it, joined along the width."""
+    """A `CLIPVisionModel` as a stack; `features` are the 0-based layers whose outputs leave it, joined in width."""
 
     def __init__(self, tower: nn.Module, features: tuple[int, ...] = ()) -> None:
         self.tower = getattr(tower, "vision_model", tower)
@@ -35,19 +54,25 @@ class ClipVit:
         self.depth = len(self.layers)
         self.features = features
 
-    def embed(self, pixel_values: Tensor, **kwargs) -> Tokens:
-        """Patches behind the class token, "b 1+v d"."""
+    def embed(self, pixel_values: Tensor, grid: tuple[int, int] | None = None, **kwargs) -> Tokens:
+        """Patches behind the class token, "b 1+v d"; `grid`: of an image shrunk to so many rows and columns of them."""
         dtype = self.tower.embeddings.patch_embedding.weight.dtype
-        x = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values.to(dtype), **kwargs))
+        image = pixel_values.to(dtype)
+        if grid is not None:
+            image = shrink(image, grid, (self.tower.embeddings.patch_size,) * 2)
+            kwargs["interpolate_pos_encoding"] = True
+        x = self.tower.pre_layrnorm(self.tower.embeddings(image, **kwargs))
         place = torch.arange(x.shape[1], device=x.device)[None]
         # Patches count from 0, so that a position is a place in the image; the class token stands before it.
-        return Tokens.of(
+        tokens = Tokens.of(
             x,
             visual=place > 0,
             reference=place == 0,
             position=(place - 1).expand(x.shape[0], -1),
             sample=sample_number(pixel_values),
         )
+        side = self.tower.embeddings.image_size // self.tower.embeddings.patch_size
+        return tokens if grid is None else spread(tokens, grid, (side, side))
 
     def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
         block = self.layers[layer]
@@ -106,7 +131,7 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iter
                 )
         stack = ClipVit(model)
         with part("vision"):
-            tokens = stack.embed(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+            tokens = stack.embed(pixel_values, plan.image, interpolate_pos_encoding=interpolate_pos_encoding)
             tokens, run.vision = traverse(stack, tokens, plan.vision, part)
             pooled = stack.tower.post_layernorm(tokens.x[:, 0])
         return BaseModelOutputWithPooling(last_hidden_state=tokens.x, pooler_output=pooled)

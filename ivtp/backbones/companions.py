@@ -62,14 +62,14 @@ def guide_for(model: nn.Module) -> Guide:
 
 def text_sizes(model, source: str | None = None) -> dict:
     """Sizes of the text encoder that belongs to a model (or, by `source` or its tower, to a config), for `Shape`."""
-    from transformers import CLIPConfig
+    from transformers import AutoConfig
 
     companion = _companions.get(model) if isinstance(model, nn.Module) else None
     encoder = companion.text_encoder if companion else source
     if isinstance(encoder, str) and (Path(encoder) / "config.json").is_file():
-        clip = CLIPConfig.from_pretrained(encoder)
-        context = clip.text_config.max_position_embeddings
-        return {"text": text_layers(clip.text_config), "text_context": context, "joint": clip.projection_dim}
+        clip = AutoConfig.from_pretrained(encoder)
+        text = getattr(clip, "text_config", clip)  # a whole CLIP, or its text half alone
+        return {"text": text_layers(text), "text_context": text.max_position_embeddings, "joint": clip.projection_dim}
     if encoder is not None and not isinstance(encoder, str):
         return {"text": encoder.sizes, "text_context": encoder.context, "joint": encoder.joint}
     return CLIP_L_TEXT if _known_clip(getattr(model, "config", model)) else {}

@@ -25,6 +25,9 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str]) -> list[Spelled]:
         """Eq. 5: of each text every token's feature in the joint space, begin and end marks left out."""
 
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        """Each text as a whole in the joint space, one row per chunk of the context "m d"."""
+
     def project(self, cls: Tensor) -> Tensor:
         """The visual CLS "b d", after the tower's last norm, in the joint space."""
 
@@ -43,6 +46,11 @@ class TransformersText:
         features = encode_chunks(encoded["input_ids"], marks, self.context, self._features)
         spans = [squeezed_spans(text, o) for text, o in zip(texts, encoded["offset_mapping"], strict=True)]
         return [Spelled(s, f) for s, f in zip(spans, features, strict=True)]
+
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return encode_chunks(ids, marks, self.context, self._features, pooled=True)
 
     def _features(self, rows: list[list[int]]) -> Tensor:
         longest = max(map(len, rows))
@@ -74,6 +82,11 @@ class OpenClipText:
         spans = [self._spans(text, tokens) for text, tokens in zip(texts, ids, strict=True)]
         return [Spelled(s, f) for s, f in zip(spans, features, strict=True)]
 
+    def embed(self, texts: Sequence[str]) -> list[Tensor]:
+        ids = [self.tokenizer.encode(text) for text in texts]
+        marks = (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id)
+        return encode_chunks(ids, marks, self.context, self._features, pooled=True)
+
     def _features(self, rows: list[list[int]]) -> Tensor:
         model, n = self.model, max(map(len, rows))
         padded = torch.tensor([row + [0] * (n - len(row)) for row in rows], device=model.positional_embedding.device)
@@ -98,8 +111,10 @@ class OpenClipText:
         lowered = [(low, i) for i, letter in enumerate(squeeze(text)) for low in letter.lower()]
         place: dict[int, int] = {}
         matcher = difflib.SequenceMatcher(None, cleaned, [low for low, _ in lowered], autojunk=False)
-        for start, other, length in matcher.get_matching_blocks():
-            place.update((start + i, lowered[other + i][1]) for i in range(length))
+        for kind, start, stop, first, last in matcher.get_opcodes():
+            if kind in ("equal", "replace"):  # ligatures and wide letters are spelled out: share them evenly
+                step = (last - first) / (stop - start)
+                place.update((i, lowered[first + int((i - start) * step)][1]) for i in range(start, stop))
         spans, at = [], 0
         for piece in raw:
             found = [place[i] for i in letter_of[at : at + len(piece)] if i in place]
@@ -115,9 +130,14 @@ def text_layers(config) -> Layers:
 
 
 def encode_chunks(
-    texts: Sequence[Sequence[int]], marks: tuple[int, int], context: int, features: Callable[[list[list[int]]], Tensor]
+    texts: Sequence[Sequence[int]],
+    marks: tuple[int, int],
+    context: int,
+    features: Callable[[list[list[int]]], Tensor],
+    pooled: bool = False,
 ) -> list[Tensor]:
     """Features of every token of every text, all in one batch; the encoder is causal, so padding behind is harmless.
+    `pooled`: of the end mark of every chunk instead, which stands for all before it.
 
     A text longer than the context goes through in chunks, each with its own marks (the paper does not say; ours).
     """
@@ -129,7 +149,8 @@ def encode_chunks(
             owner.append(number)
     found: list[list[Tensor]] = [[] for _ in texts]
     for number, row, hidden in zip(owner, rows, features(rows), strict=True):
-        found[number].append(hidden[1 : len(row) - 1])
+        end = len(row) - 1
+        found[number].append(hidden[end : end + 1] if pooled else hidden[1:end])
     return [torch.cat(parts) for parts in found]
 
 
@@ -168,6 +189,35 @@ class Guide:
             scores[sample, torch.tensor(prompt.places, device=scores.device)] = aligned
             words.append([(self.tokenizer.decode([i]), c) for i, c in zip(prompt.ids, aligned.tolist(), strict=True)])
         return scores, words
+
+    def spelled_out(
+        self, input_ids: Tensor, valid: Tensor, fit: Tensor
+    ) -> tuple[Tensor, list[list[tuple[str, float]]]]:
+        """The same of a fit "b n" that needs no text encoder: -inf where a token is not part of the instruction."""
+        scores = torch.full_like(fit, float("-inf"))
+        words = []
+        for sample, row in enumerate(input_ids):
+            prompt = self._read(sample, row, valid)
+            length = len(squeeze(prompt.instruction))
+            said = [max(start, 0) < min(end, length) for start, end in prompt.spans]
+            places = torch.tensor([p for p, s in zip(prompt.places, said, strict=True) if s], device=fit.device)
+            scores[sample, places] = fit[sample, places]
+            found = scores[sample, torch.tensor(prompt.places, device=fit.device)].tolist()
+            words.append([(self.tokenizer.decode([i]), c) for i, c in zip(prompt.ids, found, strict=True)])
+        return scores, words
+
+    def fit(self, input_ids: Tensor, valid: Tensor, patches: Tensor) -> Tensor:
+        """Cosine "b v" of every patch (after the tower's last norm, "b v d") with its prompt's instruction as a whole,
+        mean over the chunks of a long one."""
+        joint = self.encoder.project(patches)
+        texts = [self._read(sample, row, valid).instruction for sample, row in enumerate(input_ids)]
+        different = list(dict.fromkeys(texts))
+        embedded = dict(zip(different, self.encoder.embed(different), strict=True))
+        fits = [
+            torch.cosine_similarity(patch[:, None].float(), embedded[text][None].float(), dim=-1).mean(1)
+            for patch, text in zip(joint, texts, strict=True)
+        ]
+        return torch.stack(fits)
 
     def _read(self, sample: int, row: Tensor, valid: Tensor) -> Prompt:
         """What one prompt says, where each of its tokens stands, and which letters of the instruction it spells."""

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
-from ivtp.backbones import replaced
+from ivtp.backbones import ModelError, replaced
 from ivtp.backbones.clip_vit import ClipVit, sample_number
 from ivtp.backbones.clip_vit import shape as clip_shape
 from ivtp.backbones.companions import guide_for, text_sizes
+from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.llama import Llama
 from ivtp.pruning.cost import Layers, Shape
-from ivtp.pruning.instruction import pseudo_cls
+from ivtp.pruning.instruction import pseudo_cls, raters
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.scores import mix
 from ivtp.pruning.tokens import Selection, Tokens, put
@@ -52,6 +53,8 @@ class PrunedLlava:
     guide     callable (input_ids, valid, visual_cls) → relevance "b n" and words; needed for the pseudo CLS only
     read_at   number of layers after which `Trace.early` is read out; 0: never
     part      entered around each part of the work: "vision", "projector", "text_encoder", "language", "pruner"
+    shared    keeps what the tower answers for other plans; None: every plan looks for itself
+    truth     for an oracle: "b v", True on the patches that each question is about
     """
 
     def __init__(
@@ -61,17 +64,20 @@ class PrunedLlava:
         guide: Callable | None = None,
         read_at: int = 0,
         part: Callable[[str], AbstractContextManager] = nullcontext,
+        shared: SharedVision | None = None,
+        truth: Tensor | None = None,
     ) -> None:
         self.model, self.plan, self.guide, self.read_at, self.part = model, plan, guide, read_at, part
+        self.shared, self.truth = shared, truth
         self.llava = model.model
         self.config = model.config
         self.trace = Trace()
         # For every cache that a prefill filled: which keys of each layer are real, and the next position; a cache that
         # is gone takes it along.
         self._filled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-        if plan.appends_reference and plan.reference == "pseudo_cls" and guide is None:
+        if plan.needs_guide and guide is None:
             raise ValueError(
-                "this plan builds a pseudo CLS and needs the model's processor and CLIP text encoder: load the model "
+                "this plan reads the instruction with CLIP and needs the model's processor and CLIP text encoder: load the model "
                 "with ivtp.load_model, or pass processor= and text_encoder= to ivtp.load_model for a model you have"
             )
 
@@ -127,6 +133,14 @@ class PrunedLlava:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         first = position_ids.gather(1, placeholders[:, :1])  # where patch 0 stands; tokens count from there
         tokens = self._fill(input_ids, position_ids - first, valid, placeholders, seen, features)
+        if self.plan.language is not None and self.plan.cuts_language(tokens.visual_count):
+            if self.plan.reads_truth:
+                tokens = replace(tokens, relevance=self._truth(seen, tokens))
+            if self.plan.reads_relevance:
+                tokens = replace(tokens, relevance=self._relevance(input_ids, valid, seen, tokens))
+            if self.plan.reference == "raters":
+                with self.part("pruner"):
+                    tokens = replace(tokens, reference=raters(tokens))
         appends = self.plan.appends_to(tokens.visual_count)
         if appends:
             tokens = tokens.append(self._reference(input_ids, valid, cls_feature, cls_last))
@@ -192,10 +206,16 @@ class PrunedLlava:
                 "on as an image token; pruning supports 'default' (patches only)"
             )
         # Beams, and several questions about one image, share its pass through the tower.
-        first, owner = distinct(sample_number(pixel_values))
-        tokens, cuts = traverse(stack, stack.embed(pixel_values[first]), self.plan.vision, self.part)
+        numbers = sample_number(pixel_values)
+        first, owner = distinct(numbers)
+
+        def look() -> tuple[Tokens, list[Kept], Tensor]:
+            tokens = stack.embed(pixel_values[first], self.plan.image)
+            tokens, cuts = traverse(stack, tokens, self.plan.vision, self.part)
+            return tokens, cuts, stack.tower.post_layernorm(tokens.x[:, 0])
+
+        tokens, cuts, cls = self.shared(self.plan, numbers[first], look) if self.shared else look()
         self.trace.vision = [replace(cut, position=cut.position[owner], valid=cut.valid[owner]) for cut in cuts]
-        cls = stack.tower.post_layernorm(tokens.x[:, 0])
         return tokens.samples(owner), tokens.feature[owner, 0], cls[owner]
 
     def _fill(self, input_ids, position_ids, valid, placeholders, seen: Tokens, features: Tensor) -> Tokens:
@@ -225,9 +245,39 @@ class PrunedLlava:
             visual_cls = self.llava.multi_modal_projector(cls_feature[:, None])[:, 0]
             if self.plan.reference == "visual_cls":
                 return visual_cls
-            relevance, self.trace.words = self.guide(input_ids, valid, cls_last)
             x = self.llava.get_input_embeddings()(input_ids)
-            return pseudo_cls(x, relevance, self.plan.tau, visual_cls)
+            if self.plan.reads_clip:
+                relevance, self.trace.words = self.guide(input_ids, valid, cls_last)
+            else:
+                fit = torch.cosine_similarity(x.float(), visual_cls[:, None].float(), dim=-1)
+                relevance, self.trace.words = self.guide.spelled_out(input_ids, valid, fit)
+            return pseudo_cls(x, relevance, self.plan.tau, visual_cls, self.plan.words)
+
+    def _truth(self, seen: Tokens, tokens: Tokens) -> Tensor:
+        """1 where a surviving image token lies on what the question is about "b n"."""
+        if self.truth is None or len(tokens.x) % len(self.truth) or self.truth.shape[1] != self._patches:
+            given = None if self.truth is None else tuple(self.truth.shape)
+            raise ValueError(
+                f"this plan keeps what each question is about and must be told by truth=, one row of {self._patches} "
+                f"true or false per prompt ({len(tokens.x)}), but truth is {given}"
+            )
+        truth = self.truth.to(tokens.x.device).repeat_interleave(len(tokens.x) // len(self.truth), 0)
+        truth = truth.to(tokens.size.dtype).gather(1, seen.of_visual(seen.position).sort(dim=1).values)
+        return torch.zeros_like(tokens.size).scatter(1, tokens.visual_index, truth)
+
+    @property
+    def _patches(self) -> int:
+        return clip_shape(self.config.vision_config).patches
+
+    def _relevance(self, input_ids: Tensor, valid: Tensor, seen: Tokens, tokens: Tokens) -> Tensor:
+        """The fit of every image token to the instruction, at its place in the prompt "b n"."""
+        with self.part("text_encoder"):
+            tower = getattr(self.llava.vision_tower, "vision_model", self.llava.vision_tower)
+            width = self.config.vision_config.hidden_size
+            patches = tower.post_layernorm(seen.of_visual(seen.feature)[:, :, -width:])
+            fit = self.guide.fit(input_ids, valid, patches)
+        fit = fit.gather(1, seen.of_visual(seen.position).argsort(dim=1, stable=True))  # raster order, as in the prompt
+        return torch.zeros_like(tokens.size).scatter(1, tokens.visual_index, fit.to(tokens.size.dtype))
 
     def _end_part1(self, stack: Llama, tokens: Tokens, appended: bool) -> Tokens:
         if appended:
@@ -247,8 +297,19 @@ def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shape(model) -> Shape:
-    """Sizes of a LLaVA model or of its config, its paired CLIP text encoder included."""
+    """Sizes of a LLaVA model or of its config, its paired CLIP text encoder included.
+
+    Raises ModelError for one whose tower or decoder would have to be opened in another way.
+    """
     config = getattr(model, "config", model)
+    for part, known in (("vision_config", ("clip_vision_model",)), ("text_config", ("llama", "mistral", "qwen2"))):
+        kind = getattr(config, part).model_type
+        if kind not in known:
+            raise ModelError(f"a LLaVA with {part} of type {kind!r} cannot be pruned; supported: {', '.join(known)}")
+    if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()) or (
+        config.text_config.model_type == "mistral" and config.text_config.sliding_window is not None
+    ):
+        raise ModelError("a decoder with sliding-window attention cannot be pruned; supported: full attention")
     features = config.vision_feature_layer
     language = config.text_config
     heads = language.num_attention_heads
@@ -267,12 +328,19 @@ def shape(model) -> Shape:
 
 
 @contextmanager
-def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iterator:
-    needs_guide = plan.appends_reference and plan.reference == "pseudo_cls"
-    guide = guide_for(model) if needs_guide else None
+def prune(
+    model: nn.Module,
+    plan: Plan,
+    instruction,
+    read_at: int,
+    part,
+    shared: SharedVision | None = None,
+    truth: Tensor | None = None,
+) -> Iterator:
+    guide = guide_for(model) if plan.needs_guide else None
     if guide is not None:
         guide.instructions = [instruction] if isinstance(instruction, str) else instruction
-    run = PrunedLlava(model, plan, guide, read_at, part)
+    run = PrunedLlava(model, plan, guide, read_at, part, shared, truth)
     # `generate` of newer transformers encodes images by itself before the prefill, unless the model cannot take that.
     whole_prefill = replaced(model, lambda: False, "_supports_mm_encoder_outputs")
     with replaced(model.model, run.forward), whole_prefill:

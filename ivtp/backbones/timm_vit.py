@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
+from timm.layers import Format
 from torch import Tensor, nn
 
 from ivtp.backbones import VisionRun, replaced
-from ivtp.backbones.clip_vit import sample_number, score_bias
+from ivtp.backbones.clip_vit import sample_number, score_bias, shrink, spread
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.pruner import Plan
@@ -33,19 +34,33 @@ class TimmVit:
             if not all(hasattr(block.attn, name) for name in ("qkv", "q_norm", "k_norm", "scale")):
                 raise TypeError(f"timm attention {type(block.attn).__name__} does not show q, k and v")
 
-    def embed(self, image: Tensor) -> Tokens:
-        x = self.model.patch_embed(image)
-        x = self.model.norm_pre(self.model.patch_drop(self.model._pos_embed(x)))
+    def embed(self, image: Tensor, grid: tuple[int, int] | None = None) -> Tokens:
+        """Patches behind class and register tokens, "b p+v d"; `grid`: of an image shrunk to such rows and columns."""
+        embed = self.model.patch_embed
+        if grid is None:
+            x = self.model._pos_embed(embed(image))
+        else:
+            with ExitStack() as stack:
+                for module, name, value in (
+                    (embed, "strict_img_size", False),
+                    (embed, "flatten", False),
+                    (embed, "output_fmt", Format.NHWC),
+                    (self.model, "dynamic_img_size", True),
+                ):
+                    stack.enter_context(replaced(module, value, name))
+                x = self.model._pos_embed(embed(shrink(image, grid, embed.patch_size)))
+        x = self.model.norm_pre(self.model.patch_drop(x))
         prefix = self.model.num_prefix_tokens
         place = torch.arange(x.shape[1], device=x.device)[None]
         has_cls = self.model.cls_token is not None
-        return Tokens.of(
+        tokens = Tokens.of(
             x,
             visual=place >= prefix,
             reference=(place == 0) if has_cls else (place >= prefix),
             position=(place - prefix).expand(x.shape[0], -1),
             sample=sample_number(image),
         )
+        return tokens if grid is None else spread(tokens, grid, embed.grid_size)
 
     def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
         block = self.model.blocks[layer]
@@ -104,6 +119,15 @@ def qkv(seen: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, seen["qkv"].view(b, n, 3, h, e)[:, :, 2].transpose(1, 2)
 
 
+def mean_for_padding(x: Tensor, tokens: Tokens) -> Tensor:
+    """Padding becomes the mean of its sample's real patches, so that an average over all places is that of those."""
+    if bool(tokens.valid.all()):
+        return x
+    real = (tokens.visual & tokens.valid)[:, :, None].to(x.dtype)
+    mean = (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(tokens.valid[:, :, None], x, mean)
+
+
 def shape(model) -> Shape:
     """Sizes of a timm `VisionTransformer`."""
     block = model.blocks[0]
@@ -131,8 +155,14 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iter
         if attn_mask is not None or is_causal:
             raise ValueError("a masked timm forward cannot be pruned; call the model without attn_mask and is_causal")
         with part("vision"):
-            tokens, run.vision = traverse(stack, stack.embed(image), plan.vision, part)
+            tokens, run.vision = traverse(stack, stack.embed(image, plan.image), plan.vision, part)
+            left[:] = [tokens]
             return model.norm(tokens.x)
 
-    with replaced(model, forward_features, "forward_features"):
+    def pool(x, *args, **kwargs):
+        return plain_pool(mean_for_padding(x, left[0]), *args, **kwargs)
+
+    left: list[Tokens] = []
+    plain_pool = model.pool
+    with replaced(model, forward_features, "forward_features"), replaced(model, pool, "pool"):
         yield run

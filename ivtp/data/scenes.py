@@ -118,9 +118,7 @@ class Question:
 def _photographs() -> tuple[Image.Image, ...]:
     from sklearn.datasets import load_sample_images
 
-    return tuple(
-        Image.fromarray(photo).filter(ImageFilter.GaussianBlur(2.5)) for photo in load_sample_images().images
-    )
+    return tuple(Image.fromarray(photo).filter(ImageFilter.GaussianBlur(2.5)) for photo in load_sample_images().images)
 
 
 @cache
@@ -178,7 +176,9 @@ def _digit_alpha(source: int, side: int, rng: np.random.Generator, augment: bool
     x0 = 4 + 0.5 * dx - cos * mid + sin * mid
     y0 = 4 + 0.5 * dy - sin * mid - cos * mid
     glyph = Image.fromarray(_digits()[0][source])
-    large = glyph.transform((side, side), Image.Transform.AFFINE, (cos, -sin, x0, sin, cos, y0), Image.Resampling.BICUBIC)
+    large = glyph.transform(
+        (side, side), Image.Transform.AFFINE, (cos, -sin, x0, sin, cos, y0), Image.Resampling.BICUBIC
+    )
     return np.clip(np.asarray(large) * 1.25, 0, 1)
 
 
@@ -386,7 +386,11 @@ def make_questions(scene: Scene, rng: np.random.Generator | int = 0, per_family:
         per_family: how many of each family.
     """
     rng = np.random.default_rng(rng)
-    grouped = {"attribute": _attribute(scene.objects), "digit": _digit(scene.objects), "spatial": _spatial(scene.objects)}
+    grouped = {
+        "attribute": _attribute(scene.objects),
+        "digit": _digit(scene.objects),
+        "spatial": _spatial(scene.objects),
+    }
     questions = []
     for family in FAMILIES:
         for _ in range(per_family):
@@ -406,8 +410,8 @@ def make_questions(scene: Scene, rng: np.random.Generator | int = 0, per_family:
 class Scenes(Dataset):
     """One question of every family about every scene of a split.
 
-    Items are dictionaries: `id` ("test-00012-exist"), `image_id`, `image` (PIL), `question`, `answer`, `family` and `patches`
-    (BoolTensor over the 144 patches, row by row). Scenes are made when first asked for, and kept.
+    Items are dictionaries: `id` ("test-00012-exist"), `image_id`, `image` (PIL), `question`, `answer`, `family` and
+    `patches` (BoolTensor over the 144 patches, row by row). Scenes are made when first asked for, and kept.
 
     Args:
         split: "train", "validation" or "test".

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import lightning as L
 import torch
 from torch import nn
 from torchmetrics import MeanMetric
 
+from ivtp.backbones.shared import SharedVision
 from ivtp.data.batches import Batch
 from ivtp.models import prune
 from ivtp.pruning.pruner import Plan
@@ -26,7 +28,8 @@ class Answer(L.LightningModule):
 
     An outcome is a dict: id, image, family, answer, prediction, correct, early (the answer read out after part 1),
     early_correct, kept (patch indices after the last cut), hit (some kept token lies on what was asked about), share
-    (of kept tokens there), words (of the instruction, with their relevance).
+    (of kept tokens there), words (of the instruction, with their relevance); of samples whose id is in `watch` also
+    lived (see there).
     """
 
     def __init__(
@@ -36,11 +39,15 @@ class Answer(L.LightningModule):
         plan: Plan,
         record: Callable[[list[dict]], None],
         max_new_tokens: int = 16,
+        watch: Collection[str] = (),
+        shared: SharedVision | None = None,
+        part: Callable[[str], AbstractContextManager] = nullcontext,
     ) -> None:
         super().__init__()
         # Not a submodule: Lightning must not move, save or train what it only looks through.
         self._model = [model]
         self.processor, self.plan, self.record, self.max_new_tokens = processor, plan, record, max_new_tokens
+        self.watch, self.shared, self.part = watch, shared, part
         self.accuracy = MeanMetric()
         self.seconds = 0.0
 
@@ -57,7 +64,10 @@ class Answer(L.LightningModule):
     def test_step(self, batch: Batch, index: int) -> None:
         questions = [sample["question"] for sample in batch.samples]
         start = time.perf_counter()
-        with prune(self.model, self.plan, instruction=questions, read_early=True) as run:
+        more = {"shared": self.shared, "part": self.part}
+        if self.plan.reads_truth:
+            more["truth"] = torch.stack([sample["patches"] for sample in batch.samples])
+        with prune(self.model, self.plan, instruction=questions, read_early=True, **more) as run:
             tokens = self.model.generate(**batch.inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         self.seconds += time.perf_counter() - start
         length = batch.inputs["input_ids"].shape[1]
@@ -86,6 +96,9 @@ class Answer(L.LightningModule):
                     "words": run.trace.words and [[word, round(score, 4)] for word, score in run.trace.words[i]],
                 }
             )
+            if sample["id"] in self.watch:
+                cuts = [*run.trace.vision, *run.trace.language]
+                outcomes[-1]["lived"] = lived(cuts, i, len(sample["patches"]))
             self.accuracy.update(float(outcomes[-1]["correct"]))
         self.record(outcomes)
 
@@ -94,7 +107,7 @@ class Answer(L.LightningModule):
 
 
 def seen(kept: Kept | None, sample: int, asked: torch.Tensor) -> dict:
-    """What the last cut left of one image, and of the patches that were asked about (None: nothing was cut or asked)."""
+    """What the last cut left of one image, and of the patches asked about (None: nothing was cut or asked)."""
     if kept is None:
         return {"kept": None, "hit": None, "share": None}
     positions = kept.position[sample][kept.valid[sample]].cpu()
@@ -102,3 +115,13 @@ def seen(kept: Kept | None, sample: int, asked: torch.Tensor) -> dict:
         return {"kept": positions.tolist(), "hit": None, "share": None}
     on = asked[positions]
     return {"kept": positions.tolist(), "hit": bool(on.any()), "share": float(on.float().mean())}
+
+
+def lived(cuts: Sequence[Kept], sample: int, patches: int) -> str:
+    """How many cuts each patch of one image lived through, a character per patch: "0" none, "1" one, and so on in
+    Unicode's order. A cut never brings a token back, so this says what every cut kept."""
+    counts = [0] * patches
+    for number, cut in enumerate(cuts, start=1):
+        for patch in cut.position[sample][cut.valid[sample]].tolist():
+            counts[patch] = number
+    return "".join(chr(ord("0") + count) for count in counts)

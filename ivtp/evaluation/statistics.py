@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +32,34 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
     return 1.0 if gained + lost == 0 else float(binomtest(gained, gained + lost).pvalue)
 
 
+RESAMPLES = 2000
+BLOCK = 1 << 22
+"""Entries of the table of resampled clusters that are held at a time."""
+
+
+def bootstrap(
+    values: Sequence[float], clusters: Sequence[str], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean, whole clusters (images with all their questions) resampled with replacement.
+
+    A resample is how often each cluster was drawn; NaN for fewer than two clusters. The same seed, the same interval.
+    """
+    _, cluster = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    count = np.bincount(cluster) if len(cluster) else np.zeros(0)
+    m = len(count)
+    if m < 2:
+        return math.nan, math.nan
+    total = np.bincount(cluster, weights=np.asarray(values, dtype=float))
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, BLOCK // m)
+    for start in range(0, resamples, step):
+        drawn = rng.multinomial(m, np.full(m, 1 / m), size=min(step, resamples - start))
+        means[start : start + step] = (drawn @ total) / (drawn @ count)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def summary(outcomes: Sequence[dict]) -> dict:
     """Metrics of one row: {name: {"mean", "se", "n"}}; accuracies per family and over all questions."""
     images = [o["image"] for o in outcomes]
@@ -53,17 +81,94 @@ def summary(outcomes: Sequence[dict]) -> dict:
 
 
 def compare(outcomes: Sequence[dict], others: Sequence[dict]) -> dict:
-    """Paired comparison with another row on the samples that both have: difference ± error, McNemar p, agreement."""
+    """Paired comparison with another row on the samples that both have.
+
+    difference  of the accuracies, with its standard error and its bootstrap interval (images as clusters)
+    p           McNemar's exact test; None where either row is a mean over seeds
+    agreement   the share of equal answers
+    flips       ids of what only the first gets right ("gained"), what only the other does ("lost"), and what both get
+                wrong in different words ("changed")
+    """
     other = {o["id"]: o for o in others}
     pairs = [(o, other[o["id"]]) for o in outcomes if o["id"] in other]
     images = [a["image"] for a, _ in pairs]
-    difference, error = mean_error([float(a["correct"]) - float(b["correct"]) for a, b in pairs], images)
-    agreement, agreement_error = mean_error([float(a["prediction"] == b["prediction"]) for a, b in pairs], images)
+    differences = [float(a["correct"]) - float(b["correct"]) for a, b in pairs]
+    difference, error = mean_error(differences, images)
+    single = all(isinstance(o["correct"], bool) for pair in pairs for o in pair)
+    agreement, agreement_error = mean_error([agree(a, b) for a, b in pairs], images)
     return {
         "n": len(pairs),
         "difference": difference,
         "se": error,
-        "p": mcnemar([a["correct"] for a, _ in pairs], [b["correct"] for _, b in pairs]),
+        "interval": list(bootstrap(differences, images)),
+        "p": mcnemar([a["correct"] for a, _ in pairs], [b["correct"] for _, b in pairs]) if single else None,
         "agreement": agreement,
         "agreement_se": agreement_error,
+        "flips": flips(pairs) if single else None,
+    }
+
+
+def agree(a: dict, b: dict) -> float:
+    """1 for the same answer; of rows with several seeds, the share of equal answers over all pairs."""
+    ours, theirs = (o.get("predictions") or [o["prediction"]] for o in (a, b))
+    return sum(a == b for a in ours for b in theirs) / (len(ours) * len(theirs))
+
+
+def flips(pairs: Sequence[tuple[dict, dict]]) -> dict[str, list[str]]:
+    """Ids of the samples whose answers differ, by what that did."""
+    found: dict[str, list[str]] = {"gained": [], "lost": [], "changed": []}
+    for a, b in pairs:
+        if a["correct"] != b["correct"]:
+            found["gained" if a["correct"] else "lost"].append(a["id"])
+        elif a["prediction"] != b["prediction"]:
+            found["changed"].append(a["id"])
+    return found
+
+
+def over_seeds(runs: Sequence[Sequence[dict]]) -> list[dict]:
+    """One outcome per sample out of those of several seeds: `correct` is the share of seeds that are right,
+    `predictions` their answers. What was answered and kept in one is that of the first seed."""
+    others = [{o["id"]: o for o in run} for run in runs[1:]]
+    merged = []
+    for first in runs[0]:
+        same = [first, *(run[first["id"]] for run in others if first["id"] in run)]
+        means = {key: _mean([o[key] for o in same]) for key in ("correct", "early_correct", "hit", "share")}
+        merged.append({**first, **means, "predictions": [o["prediction"] for o in same]})
+    return merged
+
+
+def _mean(values: Sequence) -> float | None:
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def spread(summaries: Sequence[dict]) -> dict:
+    """Metrics of several seeds of one row: the mean, its standard error as for one seed, and the sd between seeds."""
+    merged = {}
+    for name, first in summaries[0].items():
+        if not isinstance(first, dict):
+            merged[name] = first
+            continue
+        means = [s[name]["mean"] for s in summaries if s[name]["mean"] is not None]
+        merged[name] = {**first, "mean": float(np.mean(means)) if means else None}
+        merged[name]["sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else None
+    return merged
+
+
+def passing(outcomes: Sequence[dict], tau: float, most: int = 12) -> dict:
+    """Which words of the instructions pass τ: how many per question, in how many questions none, and of the words that
+    are asked most, in how many of the questions that have them. Relevance was rounded to four digits."""
+    known = [o["words"] for o in outcomes if o.get("words")]
+    counts, passed = Counter(), Counter()
+    through = [[word for word, score in words if score is not None and score >= tau] for words in known]
+    for words, good in zip(known, through, strict=True):
+        counts.update({word.strip() for word, score in words if score is not None})
+        passed.update({word.strip() for word in good})
+    order = sorted(counts, key=lambda word: (-passed[word] / counts[word], -counts[word]))
+    frequent = set(sorted(counts, key=lambda word: -counts[word])[:most])
+    return {
+        "passing": float(np.mean([len(good) for good in through])) if known else 0.0,
+        "none": float(np.mean([not good for good in through])) if known else 0.0,
+        "n": len(known),
+        "top": [[word, passed[word] / counts[word]] for word in order if word in frequent],
     }

@@ -6,7 +6,11 @@ Add one with `@register_pruner`, or from another package with the entry point gr
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import UnionType
+from typing import get_args, get_type_hints
 
 from ivtp.pruning.cost import Shape
 from ivtp.pruning.pruner import Plan
@@ -41,6 +45,7 @@ def load_pruner(name: str, shape: Shape, position_ids: str = "keep", **settings)
         )
     if "keep" in accepted and keep is None:
         raise ValueError(f"pruner {name!r} needs keep: how many visual tokens stay, between 1 and {shape.patches}")
+    check_types(build, settings)
     plan = replace(build(shape, **settings), position_ids=position_ids)
     v = shape.patches
     if plan.vision is not None:
@@ -53,14 +58,46 @@ def load_pruner(name: str, shape: Shape, position_ids: str = "keep", **settings)
     return plan
 
 
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def check_types(build: Callable, settings: Mapping[str, object]) -> None:
+    """Refuse settings that are not what the method's annotations ask for: a number, a text, …"""
+    try:
+        hints = get_type_hints(build)
+    except NameError:  # somebody else's annotations
+        return
+    for key, value in settings.items():
+        hint = hints.get(key, object)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if not set(kinds) <= set(NOUNS):
+            continue
+        fits = type(value) in kinds or (float in kinds and type(value) is int)
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
+            default = inspect.signature(build).parameters[key].default
+            usual = "" if default is inspect.Parameter.empty else f"; the default is {default}"
+            raise ValueError(f"{key}={value!r} is not {' or '.join(NOUNS[kind] for kind in kinds)}{usual}")
+
+
 # Each module registers its pruners when it is imported.
 from ivtp.pruners import (  # noqa: E402, F401
+    ats,
     baselines,
+    both_sites,
+    cdpruner,
+    dart,
     divprune,
     evit,
     fastervlm,
     fastv,
+    hiprune,
     ivtp,
+    pdrop,
+    prumerge,
+    resolution,
+    sparsevlm,
     tome,
     visionzip,
+    vispruner,
+    vscan,
 )

@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from math import isqrt
 
-from ivtp.pruning.cost import Shape
+from ivtp.pruning.cost import Cost, Shape
 from ivtp.registry import UnknownName, UserError, unknown
 
-KINDS = ("keep", "tflops", "like", "ratio")
+KINDS = ("keep", "tflops", "average_tokens", "like", "ratio")
 
 
 def solve(
-    budget: Mapping, shape: Shape, flops: Callable[[int], int], rows: Mapping[str, int] | None = None
+    budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Mapping[str, Cost] | None = None
 ) -> int:
     """How many visual tokens stay at the end.
 
-    budget  keep: tokens; tflops: per image; like: the cost of that row; else ratio: the share of the tokens
-    flops   the cost of the method at a given number of tokens; raises ValueError where the method cannot do it
+    budget  keep: tokens; tflops: per image; average_tokens: visual tokens in a language layer, mean over the layers;
+            like: the FLOPs of that row; else ratio: the share of the tokens (a number, or "1/9")
+    spend   the cost of the method at a given number of tokens; raises ValueError where the method cannot do it
     rows    cost of the rows that "like" may name
     """
     kind, value = chosen(budget)
     if kind == "like":
         if value not in (rows or {}):
             raise UnknownName(unknown("row to take the budget from", str(value), rows or {}))
-        return _nearest(rows[value], shape, flops, f"the cost of row {value!r}")
+        return _nearest(rows[value].total, shape, lambda k: spend(k).total, f"the cost of row {value!r}", "TFLOPs")
+    if kind == "ratio":
+        share = fraction(value)
+        if not 0 < share <= 1:
+            raise UserError(f"budget.ratio={value} must be above 0 and at most 1: the share of visual tokens that stays")
+        return max(1, round(share * shape.patches))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"budget.{kind}={value!r} is not a number")
     if kind == "keep":
         return value
-    if kind == "ratio":
-        if not 0 < value <= 1:
-            raise UserError(f"budget.ratio={value} must be above 0 and at most 1: the share of visual tokens that stays")
-        return max(1, round(value * shape.patches))
-    return _nearest(value * 1e12, shape, flops, f"budget.tflops={value}")
+    if kind == "average_tokens":
+        if shape.language is None:
+            raise UserError(f"budget.average_tokens={value} counts tokens in a language model, but this model has none")
+        return _nearest(value, shape, lambda k: spend(k).average_tokens, f"budget.average_tokens={value}", "tokens")
+    return _nearest(value * 1e12, shape, lambda k: spend(k).total, f"budget.tflops={value}", "TFLOPs")
+
+
+def fraction(value: object) -> float:
+    """0.111 or "1/9" as a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise UserError(f"budget.ratio={value!r} is not a number")
+    try:
+        return float(Fraction(value)) if isinstance(value, str) else value
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"budget.ratio={value!r} is not a number") from error
 
 
 def chosen(budget: Mapping) -> tuple[str, object]:
@@ -48,19 +66,43 @@ def chosen(budget: Mapping) -> tuple[str, object]:
     return kind, budget[kind]
 
 
-def _nearest(target: float, shape: Shape, flops: Callable[[int], int], asked: str) -> int:
-    costs = {}
-    for keep in range(1, shape.patches + 1):
-        try:
-            costs[keep] = flops(keep)
-        except ValueError:
-            continue  # a number of tokens that this method cannot meet
-    if not costs:
-        raise UserError(f"{asked}: the method can keep no number of tokens between 1 and {shape.patches}")
-    low, high = min(costs.values()), max(costs.values())
+def asked(budget: Mapping) -> str:
+    """The budget in words: what the table says beside what was spent."""
+    kind, value = chosen(budget)
+    if kind == "ratio":
+        return f"{value} of the tokens" if isinstance(value, str) else f"{100 * value:.3g} % of the tokens"
+    return {
+        "keep": f"{value} tokens",
+        "tflops": f"{value} TFLOPs",
+        "average_tokens": f"{value} tokens on average",
+        "like": f"as {value}",
+    }[kind]
+
+
+def _nearest(target: float, shape: Shape, measure: Callable[[int], float], what: str, unit: str) -> int:
+    spent: dict[int, float] = {}
+
+    def try_all(counts: Iterable[int]) -> None:
+        for keep in set(counts) - set(spent):
+            try:
+                spent[keep] = measure(keep)
+            except ValueError:
+                continue  # a number of tokens that this method cannot meet
+
+    # Cost grows with the tokens up to rounding: a coarse look, then everything near the best and at the lower end.
+    step = max(1, isqrt(shape.patches))
+    try_all([*range(1, shape.patches, step), shape.patches])
+    if spent:
+        best = min(spent, key=lambda keep: abs(spent[keep] - target))
+        for place in (min(spent), best):
+            try_all(range(max(1, place - step), min(shape.patches, place + step) + 1))
+    if not spent:
+        raise UserError(f"{what}: the method can keep no number of tokens between 1 and {shape.patches}")
+    scale = 1e12 if unit == "TFLOPs" else 1
+    low, high = min(spent.values()), max(spent.values())
     if not low * 0.999 <= target <= high * 1.001:
         raise UserError(
-            f"{asked} is {target / 1e12:.6g} TFLOPs, but this method spends between {low / 1e12:.6g} (1 token) and "
-            f"{high / 1e12:.6g} (all {shape.patches}); choose a budget in between"
+            f"{what} is {target / scale:.6g} {unit}, but this method spends between {low / scale:.6g} ({min(spent)} token"
+            f"{'s' * (min(spent) > 1)}) and {high / scale:.6g} (all {max(spent)}); choose a budget in between"
         )
-    return min(costs, key=lambda keep: abs(costs[keep] - target))
+    return min(spent, key=lambda keep: abs(spent[keep] - target))

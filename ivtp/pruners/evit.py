@@ -18,7 +18,8 @@ from ivtp.pruning.tokens import Selection, Tokens
 
 @register_pruner
 def evit(shape: Shape, keep: int, group: int | str = 3, fuse: bool = True) -> Plan:
-    """EViT (arXiv 2202.07800): CLS attention of the current layer, averaged over heads, decides in the ViT, before the FFN.
+    """EViT (arXiv 2202.07800): CLS attention of the current layer, averaged over heads, decides in the ViT, before the
+    FFN.
 
     Scores     raw probabilities of the CLS row
     Selects    the highest, in descending order of score
@@ -30,7 +31,9 @@ def evit(shape: Shape, keep: int, group: int | str = 3, fuse: bool = True) -> Pl
     here a budget is met by an equal share at every cut, rounded to the nearest.
     """
     if fuse and keep < 2:
-        raise ValueError(f"keep={keep}: evit needs at least 2 tokens, one of them for the fused rest; or set fuse=false")
+        raise ValueError(
+            f"keep={keep}: evit needs at least 2 tokens, one of them for the fused rest; or set fuse=false"
+        )
     cuts = grouped(vision_layers(shape), group, shape.patches, keep)
     select, reduce = (attentive_and_rest, fuse_rest) if fuse else (attentive, drop)
     return Plan(vision=Pruner(cuts, Layerwise(raw=True), select, reduce))
@@ -42,7 +45,7 @@ def attentive(scores: Float[Tensor, "b v"], metric: Tensor | None, keep: int, to
 
 
 def attentive_and_rest(scores: Float[Tensor, "b v"], metric: Tensor | None, keep: int, tokens: Tokens) -> Selection:
-    """The `keep` - 1 highest scores, the highest first; all others join the last slot, at the place of the best of them."""
+    """The `keep` - 1 highest scores, the highest first; all others join the last slot, where the best of them stood."""
     index = attentive(scores, metric, keep, tokens).index
     into = torch.full_like(scores, keep - 1, dtype=torch.long)
     slots = torch.arange(keep - 1, device=scores.device).expand(len(scores), -1)

@@ -25,5 +25,7 @@ def fastv(shape: Shape, keep: int, layer: int = 2) -> Plan:
     """
     depth = language_depth(shape, "fastv")
     if not 1 <= layer <= depth - 1:
-        raise ValueError(f"layer={layer} must be between 1 and {depth - 1}: some layer before it, and itself, must exist")
+        raise ValueError(
+            f"layer={layer} must be between 1 and {depth - 1}: some layer before it, and itself, must exist"
+        )
     return Plan(language=Pruner((Cut(layer - 1, keep, "block"),), Layerwise()))

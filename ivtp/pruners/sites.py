@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ivtp.pruning.cost import Shape
 from ivtp.pruning.schedules import Cut, equal_ratio, group_ends
 
@@ -30,6 +32,19 @@ def language_depth(shape: Shape, name: str) -> int:
     if shape.language is None:
         raise ValueError(f"{name} prunes inside a language model, but this model has none")
     return shape.language.depth
+
+
+def listed_layers(layers: Sequence[int], first: int, last: int) -> list[int]:
+    """Layers that a user lists; raises ValueError for anything but rising whole numbers from `first` to `last`."""
+    if not isinstance(layers, Sequence) or isinstance(layers, str) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"layers={layers!r} must be a list of whole numbers between {first} and {last}")
+    layers = list(layers)
+    if not layers or layers != sorted(set(layers)):
+        raise ValueError(f"layers={layers} must name at least one layer, each once, in rising order")
+    for layer in (layers[0], layers[-1]):
+        if not first <= layer <= last:
+            raise ValueError(f"layers={layers}: {layer} must be between {first} and {last} in this language model")
+    return layers
 
 
 def grouped(layers: int, group: int | str, tokens: int, keep: int, after: str = "attn") -> tuple[Cut, ...]:

@@ -16,9 +16,7 @@ SCHEDULES = ("ratio", "constant", "decreasing")
 
 
 @register_pruner
-def tome(
-    shape: Shape, keep: int, group: int | str = 1, proportional: bool = True, schedule: str = "ratio"
-) -> Plan:
+def tome(shape: Shape, keep: int, group: int | str = 1, proportional: bool = True, schedule: str = "ratio") -> Plan:
     """ToMe (arXiv 2210.09461): in every ViT layer the most similar keys are averaged, merged tokens weigh by size.
 
     The paper merges a constant r per layer, or a number that falls to zero at the last one (`constant`, `decreasing`:
@@ -33,16 +31,22 @@ def tome(
     layers = vision_layers(shape)
     cuts = grouped(layers, group, shape.patches, keep)
     if schedule != "ratio":
-        cuts = _by_count(group_ends(layers, group), shape.patches, keep, inflect=-1.0 if schedule == "decreasing" else 0.0)
-    before = shape.patches
+        cuts = _by_count(
+            group_ends(layers, group), shape.patches, keep, inflect=-1.0 if schedule == "decreasing" else 0.0
+        )
+    check_halving(shape.patches, cuts, group)
+    return Plan(vision=Pruner(cuts, select=bipartite, reduce=merge, metric=keys, proportional=proportional))
+
+
+def check_halving(before: int, cuts: Sequence[Cut], group: int | str) -> None:
+    """Refuse a schedule that merges more than half of the tokens in one cut."""
     for cut in cuts:
         if before - cut.keep > before // 2:
             raise ValueError(
-                f"keep={keep}: {before} → {cut.keep} tokens at vision layer {cut.layer}, but one merge can at most halve "
-                f"them, down to {before - before // 2}; keep more or use smaller groups (group={group})"
+                f"keep={cuts[-1].keep}: {before} → {cut.keep} tokens at layer {cut.layer}, but one merge can at most "
+                f"halve them, down to {before - before // 2}; keep more or use smaller groups (group={group})"
             )
         before = cut.keep
-    return Plan(vision=Pruner(cuts, select=bipartite, reduce=merge, metric=keys, proportional=proportional))
 
 
 def _by_count(layers: list[int], tokens: int, keep: int, inflect: float) -> tuple[Cut, ...]:
@@ -58,7 +62,8 @@ def _by_count(layers: list[int], tokens: int, keep: int, inflect: float) -> tupl
 
 
 def merges_per_layer(r: int | Sequence[int], layers: int, inflect: float = 0.0) -> list[int]:
-    """Merges in every layer, as the published code counts: r, tilted by `inflect` (-1: falling to 0, +1: rising from 0).
+    """Merges in every layer, as the published code counts: r, tilted by `inflect` (-1: falling to 0, +1: rising from
+    0).
 
     A list is taken as it is and goes on with zeros.
     """

@@ -27,20 +27,22 @@ def visionzip(shape: Shape, keep: int, contextual: int | None = None) -> Plan:
     Where      behind the penultimate ViT layer. By default 10 of 64 are contextual, as published (192 = 162 + 30, …)
 
     Published code counts the CLS token among the dominant ones and sends it to the language model; here `keep` counts
-    patches and CLS stays in the tower, as in the other methods. The paper merges by averaging; the code adds the mean of
-    the others to the target (followed). The language model reads tokens in raster order, not dominant ones first.
+    patches and CLS stays in the tower, as in the other methods. The paper merges by averaging; the code adds the mean
+    of the others to the target (followed). The language model reads tokens in raster order, not dominant ones first.
     """
     if contextual is None:
         contextual = max(1, round(keep * 10 / 64))
     if not 1 <= contextual < keep:
-        raise ValueError(f"contextual={contextual} must be at least 1 and below keep={keep}, the tokens that stay in all")
+        raise ValueError(
+            f"contextual={contextual} must be at least 1 and below keep={keep}, the tokens that stay in all"
+        )
     select = DominantAndContextual(contextual)
     return Plan(vision=Pruner(feature_cut(shape, keep), Layerwise(), select, absorb, metric=keys))
 
 
 @dataclass(frozen=True)
 class DominantAndContextual:
-    """Highest scores in sequence order, then `contextual` targets at equal steps through the others, which join them."""
+    """Highest scores in sequence order, then `contextual` targets at equal steps through the others, which join."""
 
     contextual: int
 

@@ -7,7 +7,8 @@ attention; `streamed=True` adds what scores cost when no map is formed, which is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import isqrt
 
 from ivtp.pruning.pruner import Plan, Pruner
@@ -83,6 +84,8 @@ class Cost:
     text_encoder: int
     pruner: int
     tokens: tuple[int, ...]
+    average_tokens: float | None = None
+    """Visual tokens that enter a language layer (and stay in its key-value cache), mean over the layers."""
 
     @property
     def extra(self) -> int:
@@ -107,22 +110,32 @@ def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = No
     vision, scores, v = _stack(
         shape.vision, shape.prefix, shape.patches, plan.vision, 0, counts, "vision", shape.has_cls
     )
-    vision += 2 * shape.patches * shape.patch_inputs * shape.vision.width
+    patches = plan.image[0] * plan.image[1] if plan.image else shape.patches
+    vision += 2 * patches * shape.patch_inputs * shape.vision.width
     vision += 2 * shape.vision.width * shape.classes
     projector = language = text_encoder = 0
+    average = None
     if shape.language is not None:
         width = shape.language.width
         projector = 2 * v * (shape.projector_in * width + width * width)
-        appends = plan.appends_to(v)
+        reach, appends = v, plan.appends_to(v)
         appended = plan.part1 if appends else 0
-        language, more, v = _stack(shape.language, text, v, plan.language, appended, counts, "language")
+        entering: list[int] = []
+        language, more, v = _stack(
+            shape.language, text, v, plan.language, appended, counts, "language", entering=entering
+        )
+        average = sum(entering) / len(entering)
         language += 2 * (v + text) * width * shape.vocabulary
         scores += more
+        if plan.cuts_language(reach) and plan.reference == "raters":
+            scores += 2 * reach * text * width  # the words' likeness to the image
         if appends:
             text_encoder = 2 * (shape.projector_in * width + width * width)  # the projected visual CLS
-        if appends and plan.reference == "pseudo_cls":
-            text_encoder += _text_pass(shape, instruction)
-    return Cost(vision, projector, language, text_encoder, scores if streamed else 0, tuple(counts))
+        if appends and plan.reads_clip:
+            text_encoder += _text_pass(shape, instruction, 1)
+        if plan.cuts_language(reach) and plan.reads_relevance:
+            text_encoder += _text_pass(shape, instruction, reach)
+    return Cost(vision, projector, language, text_encoder, scores if streamed else 0, tuple(counts), average)
 
 
 def _stack(
@@ -134,11 +147,13 @@ def _stack(
     counts: list[int],
     site: str,
     one_refers: bool = True,
+    entering: list[int] | None = None,
 ) -> tuple[int, int, int]:
     """FLOPs of the layers, of the scores, and the visual tokens that leave.
 
     appended    layers with one token more
     one_refers  one token judges the visual ones; False: they all do, where there is no class token
+    entering    gets the visual tokens that enter each layer
     """
     schedule = pruner.schedule if pruner else ()
     check(tuple(schedule), v, stack.depth, site)
@@ -159,6 +174,8 @@ def _stack(
     for layer in range(stack.depth):
         extra = others + (1 if layer < appended else 0)
         group += 1
+        if entering is not None:
+            entering.append(v)
         total += stack.attention(extra + v)
         cut(layer, "attn", extra + v)
         total += stack.mlp(extra + v)
@@ -177,8 +194,9 @@ def pruner_flops(pruner: Pruner, group: int, n: int, v: int, keep: int, stack: L
     return total
 
 
-def _text_pass(shape: Shape, instruction: int | None) -> int:
-    """The CLIP text encoder over the instruction, in chunks of its context, and both projections into the joint space."""
+def _text_pass(shape: Shape, instruction: int | None, visual: int) -> int:
+    """The CLIP text encoder over the instruction, in chunks of its context, and the projections of its tokens and of
+    `visual` vectors of the tower into the joint space."""
     if shape.text is None:
         return 0
     instruction = instruction or shape.text_context
@@ -186,4 +204,20 @@ def _text_pass(shape: Shape, instruction: int | None) -> int:
     chunks = -(-max(instruction - 2, 1) // (shape.text_context - 2))
     n = min(instruction, shape.text_context)
     encoder = shape.text.depth * (shape.text.attention(n) + shape.text.mlp(n)) + 2 * n * shape.text.width * shape.joint
-    return 2 * shape.vision.width * shape.joint + chunks * encoder
+    return 2 * visual * shape.vision.width * shape.joint + chunks * encoder
+
+
+def as_kept(plan: Plan, vision: Sequence[int] = (), language: Sequence[int] = ()) -> Plan:
+    """The plan with what every cut left of one image in place of the most that it may leave.
+
+    For methods that keep a different number per image: their cost without the padding that a batch puts between tokens.
+    `[int(cut.valid[i].sum()) for cut in run.trace.vision]` are the counts of image i.
+    """
+
+    def counted(pruner: Pruner | None, counts: Sequence[int]) -> Pruner | None:
+        if pruner is None or not counts:
+            return pruner
+        cuts = [replace(cut, keep=count) for cut, count in zip(pruner.schedule, counts, strict=True)]
+        return replace(pruner, schedule=tuple(cuts))
+
+    return replace(plan, vision=counted(plan.vision, vision), language=counted(plan.language, language))

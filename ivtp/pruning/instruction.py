@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from ivtp.pruning.tokens import Tokens, take
 
 Span = tuple[int, int]
 """Half-open range of characters, counted without white space: the same in every tokenizer of the same text."""
@@ -52,17 +54,53 @@ def align(relevance: Float[Tensor, " s"], spans: list[Span], targets: list[Span]
     return torch.where(count > 0, shared @ relevance / count.clamp_min(1), float("-inf"))
 
 
+def raters(tokens: Tokens) -> Bool[Tensor, "b n"]:
+    """The words behind the image that look most like it (SparseVLM, arXiv 2410.04417): their share in the softmax over
+    those words of image · textᵀ, mean over the image, is above the average. All of them, if none stands out.
+
+    tokens  the input embeddings, before the first language layer
+    """
+    place = tokens.visual.byte().argsort(dim=1, stable=True)[:, : tokens.visual.shape[1] - tokens.visual_count]
+    behind = (place > tokens.visual_index.amax(1, keepdim=True)) & take(tokens.valid, place)
+    image, text = tokens.of_visual(tokens.x).float(), take(tokens.x, place).float()
+    share = (image @ text.transpose(1, 2)).masked_fill(~behind[:, None], float("-inf")).softmax(-1).nan_to_num(0.0)
+    real = tokens.of_visual(tokens.valid).float()
+    share = (share * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)
+    mean = share.sum(1, keepdim=True) / behind.sum(1, keepdim=True).clamp_min(1)
+    chosen = behind & (share > mean)
+    chosen = torch.where(chosen.any(1, keepdim=True), chosen, behind)
+    return torch.zeros_like(tokens.valid).scatter(1, place, chosen)
+
+
+WORDS = ("te_rt", "te", "rt", "all")
+"""Which of the instruction's words make the pseudo CLS (the rows of the paper's Table 6, whose abbreviations it spells
+out, but not how one works without the others; that is our reading):
+
+te_rt  original text tokens + CLIP text encoder + relevance threshold: Eq. 8, those that CLIP finds relevant (≥ τ)
+te     no threshold: all of them, weighed by their relevance to CLIP as far as it is positive
+rt     no text encoder: those whose own LLM embedding has cosine ≥ τ with the projected visual CLS, the one vector of the
+       image that lives in their space
+all    original text tokens (OTT) alone: the mean of all of them
+"""
+
+
 def pseudo_cls(
     embeddings: Float[Tensor, "b n d"],
     relevance: Float[Tensor, "b n"],
     tau: float,
     fallback: Float[Tensor, "b d"],
+    words: str = "te_rt",
 ) -> Float[Tensor, "b d"]:
     """Eq. 8: the mean LLM embedding of the tokens with relevance ≥ τ; where none passes, `fallback`.
 
+    relevance  -inf for what is no word of the instruction. `words`: as in WORDS
     The paper falls back to the visual CLS; that it goes through the projector is our reading: it must have LLM width.
     """
-    passes = relevance >= tau
-    count = passes.sum(1, keepdim=True)
-    mean = (embeddings * passes[:, :, None].to(embeddings.dtype)).sum(1) / count.clamp_min(1).to(embeddings.dtype)
-    return torch.where(count > 0, mean, fallback.to(embeddings.dtype))
+    if words == "te":
+        weight = relevance.clamp_min(0)
+    else:
+        weight = (relevance > float("-inf") if words == "all" else relevance >= tau).float()
+    weight = weight.to(embeddings.dtype)
+    total = weight.sum(1, keepdim=True)
+    mean = (embeddings * weight[:, :, None]).sum(1) / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, mean, fallback.to(embeddings.dtype))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ivtp.pruning.attention import Attention
+from ivtp.pruning.instruction import WORDS
 from ivtp.pruning.reduces import Reduce, drop
 from ivtp.pruning.schedules import Cut
 from ivtp.pruning.scores import Score
@@ -63,9 +64,9 @@ class Pruner:
 
     @property
     def needs(self) -> str | tuple[int, ...]:
-        """Which attentions a cut sees: of the "group" of layers since the last cut, of the "last" one, the one that the
-        "next" layer would form, those of the layers in a tuple, or "none"."""
-        asked = {"none" if self.score is None else self.score.needs}
+        """Which attentions a cut sees: of the "group" of layers since the last cut, of the "last" one, what the "next"
+        layer would form, those of the layers in a tuple, or "none"."""
+        asked = {"none" if self.score is None else getattr(self.score, "needs", "group")}
         asked.add("none" if self.metric is None else getattr(self.metric, "needs", "last"))
         asked -= {"none"} if len(asked) > 1 else set()
         if asked == {"group", "last"}:
@@ -101,6 +102,8 @@ class Plan:
     part1         number of leading language layers that the language pruner governs
     tau           relevance threshold of the pseudo CLS (Eq. 8)
     position_ids  "keep": kept tokens keep their RoPE position; "renumber": positions close up
+    words         which words of the instruction make the pseudo CLS: see `ivtp.pruning.instruction.WORDS`
+    image         rows and columns of patches that the image is shrunk to before the tower; None: it stays as it is
     """
 
     vision: Pruner | None = None
@@ -109,11 +112,14 @@ class Plan:
     part1: int = 0
     tau: float = 0.2
     position_ids: str = "keep"
+    words: str = "te_rt"
+    image: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("reference", self.reference, REFERENCES),
             ("position_ids", self.position_ids, POSITIONS),
+            ("words", self.words, WORDS),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
@@ -139,13 +145,27 @@ class Plan:
         return bool(self.language is not None and getattr(self.language.score, "reads_relevance", False))
 
     @property
+    def reads_truth(self) -> bool:
+        """True for an oracle, which has to be told what each question is about."""
+        return bool(self.language is not None and getattr(self.language.score, "reads_truth", False))
+
+    @property
+    def reads_clip(self) -> bool:
+        """True where the CLIP text encoder reads the instruction to make the pseudo CLS."""
+        return self.appends_reference and self.reference == "pseudo_cls" and self.words in ("te", "te_rt")
+
+    @property
     def needs_guide(self) -> bool:
         """True where the CLIP text encoder that is paired with the tower has to read the instruction."""
         return self.reads_relevance or (self.appends_reference and self.reference == "pseudo_cls")
 
     def appends_to(self, visual: int) -> bool:
         """Whether a reference is appended when `visual` tokens reach the language model: not where all of them stay."""
-        return self.appends_reference and any(cut.keep < visual for cut in self.language.schedule)
+        return self.appends_reference and self.cuts_language(visual)
+
+    def cuts_language(self, visual: int) -> bool:
+        """Whether any of `visual` tokens that reach the language model leave inside it."""
+        return self.language is not None and any(cut.keep < visual for cut in self.language.schedule)
 
     @property
     def final(self) -> int | None:

@@ -17,8 +17,8 @@ COMBINES = ("residual", "mean", "max", "multiply")
 
 @runtime_checkable
 class Score(Protocol):
-    """`needs` says which layers since the last cut are read: the "group" of all, the "last", "none", those in a tuple, or
-    the "next", which has not run yet."""
+    """`needs` says which layers since the last cut are read: the "group" of all, the "last", "none", those in a tuple,
+    or the "next", which has not run yet."""
 
     needs: str | tuple[int, ...]
 
@@ -101,6 +101,18 @@ class Chance:
         noise = mix(key[:, None] + mix(position.long()))
         score = (noise >> 40).bitwise_and((1 << 23) - 1).float() / (1 << 23)
         return hide_padding(score, tokens)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The oracle: what the question is about comes first, then chance. Ground truth stands in `tokens.relevance`."""
+
+    seed: int = 0
+    needs = "none"
+    reads_truth = True
+
+    def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]:
+        return Chance(self.seed)(seen, tokens) + tokens.of_visual(tokens.relevance).float()
 
 
 def mix(z: Tensor) -> Tensor:

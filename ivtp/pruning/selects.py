@@ -23,7 +23,7 @@ def top_k(scores: Float[Tensor, "b v"], metric: Tensor | None, keep: int, tokens
 
 
 def bipartite(scores: Tensor | None, metric: Float[Tensor, "b v e"], keep: int, tokens: Tokens) -> Selection:
-    """ToMe's bipartite soft matching (arXiv 2210.09461): every other token is compared with the rest, the most similar join.
+    """ToMe's bipartite soft matching (arXiv 2210.09461): every other token meets the rest, the most similar ones join.
 
     One step merges at most half of the tokens. A class token in front, and a distillation token behind it, take part in
     the alternation, though not in the merging, as in the published code, so behind a lone class token the first patch

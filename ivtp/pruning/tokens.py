@@ -37,7 +37,8 @@ class Tokens:
     reference  True: its attention judges the visual ones (CLS, pseudo CLS, last token); several are averaged
     sample     a number that belongs to the sample wherever it stands in a batch; seeds random choices
     feature    what leaves the stack, if that is not `x` (LLaVA reads an earlier layer than the last)
-    relevance  cosine of each visual token with the instruction, for methods that ask for it
+    relevance  cosine of each visual token with the instruction, for methods that ask for it; for an oracle, 1 on what
+               the question is about, else 0
     state      `x` after the model's last norm, there during a cut of a method that asks for it
     """
 

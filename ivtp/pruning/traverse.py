@@ -55,9 +55,9 @@ def traverse(
 ) -> tuple[Tokens, list[Kept]]:
     """Run the tokens through the stack and cut where the pruner says.
 
-    A cut sees the attention of the layers since the cut before it (a "group"), as far as the pruner asks for it. A layer
-    that nobody reads is forgotten at once. `part("pruner")` is entered around
-    each, so that time and FLOPs of pruning can be told from those of the model.
+    A cut sees the attention of the layers since the cut before it (a "group"), as far as the pruner asks for it; a
+    layer that nobody reads is forgotten at once. `part("pruner")` is entered around each cut, so that time and FLOPs of
+    pruning can be told from those of the model.
     """
     cuts = {(cut.layer, cut.after): cut.keep for cut in pruner.schedule} if pruner else {}
     last = max((layer for layer, _ in cuts), default=-2)

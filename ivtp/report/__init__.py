@@ -2,25 +2,96 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from ivtp import records
 from ivtp.evaluation.statistics import compare
+from ivtp.report import claims, paper
+from ivtp.report.claims import judge, together
 from ivtp.report.figures import accuracy_cost, kept_tokens
-from ivtp.report.tables import as_markdown, print_table
+from ivtp.report.page import write_page
+from ivtp.report.tables import as_markdown, markdown, print_other, print_table
 
 
-def report(folder: Path, rows: list[dict], compare_to: str | None, data, console) -> None:
-    """Table on the console and in table.md, accuracy_flops.png, kept_tokens.png, comparisons.json in `folder`."""
+def report(
+    folder: Path, rows: list[dict], compare_to: str | None, data, console, question: str = "", about: dict | None = None
+) -> None:
+    """Table on the console and in table.md, accuracy_flops.png, kept_tokens.png, report.html in `folder`.
+
+    Beside them comparisons.json (every paired comparison, with the ids of flipped answers) and claims.json.
+
+    data   the data set, for kept_tokens.png; None: that picture is left as it is
+    about  of the experiment: the paper's tables shown beside ours, claims, what the pictures show
+    """
+    about = about or {}
     outcomes = {row["label"]: records.read(folder / "outcomes" / f"{row['key']}.jsonl")[0] for row in rows}
+    rows, outcomes = together(rows, outcomes)
     against = [rows[0]["label"]] + ([compare_to] if compare_to and compare_to != rows[0]["label"] else [])
     comparisons = {
         row["label"]: {other: compare(outcomes[row["label"]], outcomes[other]) for other in against} for row in rows
     }
     print_table(rows, comparisons, console)
-    records.replace(folder / "table.md", as_markdown(rows, comparisons).encode())
+    records.replace(folder / "comparisons.json", as_json({**comparisons}))
+    judged = judge(about.get("claims") or [], outcomes, rows[0]["experiment"])
+    records.replace(folder / "claims.json", as_json(judged))
+    others = list(other_tables(folder, rows, judged, about))
+    for other in others:
+        print_other(*other[:3], console, *other[3:])
+    text = as_markdown(rows, comparisons) + "".join(markdown(*other) for other in others)
+    records.replace(folder / "table.md", text.encode())
     pictures = [folder / "accuracy_flops.png", folder / "kept_tokens.png"]
     accuracy_cost(rows, pictures[0])
-    if not kept_tokens(rows, outcomes, data, pictures[1]):
+    if data is None or not kept_tokens(rows, outcomes, data, pictures[1], about.get("pictures") == "questions"):
         pictures.pop()
+    pictures.append(write_page(folder, rows, outcomes, comparisons, question, compare_to, others))
     console.print("Written: " + ", ".join(str(path) for path in [folder / "table.md", *pictures]), highlight=False)
+
+
+def check_paper(names: list[str], rows: list[dict]) -> None:
+    """Refuse tables and rows of the paper that there are none of."""
+    for name in names:
+        paper.table(name)
+    for row in rows:
+        if row.get("paper"):
+            paper.row(row["paper"])
+
+
+def as_json(value: object) -> bytes:
+    return json.dumps(records.finite(value), ensure_ascii=False, allow_nan=False, indent=1).encode()
+
+
+def other_tables(folder: Path, rows: list[dict], judged: list[dict], about: dict) -> Iterator[tuple]:
+    """(title, heads, lines, note) of what stands below the main table, as far as this experiment has it."""
+    if judged:
+        yield "What the paper claims", claims.HEADS, claims.lines(judged), "Differences in points, 95 % bootstrap interval."
+    if any(row.get("words") for row in rows):
+        lines = [[r["label"], ", ".join(f"{w} {100 * s:.0f}" for w, s in r["words"]["top"])] for r in rows if r.get("words")]
+        yield "Words that pass, and in how many of the questions that have them (%)", ["", "words"], lines
+    if any(row.get("counted") for row in rows):
+        yield "Where the cost goes", *parts(rows)
+    costs, _ = records.read(folder / "costs.jsonl")
+    if costs:
+        from ivtp.cost import tables
+
+        for title, heads, lines in tables(costs):
+            yield f"Closed form: {title}", heads, lines
+    for name in about.get("paper") or []:
+        yield paper.title(name), *paper.lines(name), paper.NOTE
+
+
+def parts(rows: list[dict]) -> tuple[list[str], list[list[str]], str]:
+    """Per part: FLOPs in closed form for one sample, as torch counted them on it, and measured milliseconds a question."""
+    names = ("vision", "projector", "text_encoder", "language", "pruner", "total")
+    heads = ["", *(f"{name}: closed / counted MFLOPs, ms" for name in names)]
+    lines = []
+    for row in (row for row in rows if row.get("counted")):
+        seconds = row["speed"]["parts"]
+        seconds = seconds | {"total": sum(seconds.values())}
+        line = [row["label"]]
+        for name in names:
+            closed, counted = row["counted"]["closed"][name], row["counted"]["counted"][name]
+            line.append(f"{closed / 1e6:.4g} / {counted / 1e6:.4g}, {1e3 * seconds.get(name, 0.0):.2f}")
+        lines.append(line)
+    return heads, lines, "Scores are counted as they run here, without forming a map; the table above takes maps as given."

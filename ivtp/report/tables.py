@@ -7,44 +7,66 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from ivtp.pruners.budget import asked
+from ivtp.report import paper
+from ivtp.report.claims import interval
+
 
 def percent(metric: dict, errors: bool = True) -> str:
     """"71.2 ± 1.0" of a metric with mean and standard error; "–" where there is nothing to average."""
     if not metric["n"]:
         return "–"
+    if metric.get("sd") is not None:
+        return f"{100 * metric['mean']:.1f} ± {100 * metric['sd']:.1f} sd" if errors else f"{100 * metric['mean']:.1f}"
     known = errors and metric["se"] is not None and metric["se"] == metric["se"]
     return f"{100 * metric['mean']:.1f}" + (f" ± {100 * metric['se']:.1f}" if known else "")
 
 
 def compared(comparison: dict) -> str:
-    """"-3.1 ± 0.8 (p=0.002)" of a paired comparison."""
+    """"-3.1 [-4.7, -1.5] (p=0.002)" of a paired comparison; no p where a row is a mean over seeds."""
     if comparison["se"] is None or comparison["n"] == 0:
         return "–"
     p = comparison["p"]
-    shown = "p<0.001" if p < 0.001 else f"p={p:.3f}"
-    return f"{100 * comparison['difference']:+.1f} ± {100 * comparison['se']:.1f} ({shown})"
+    shown = "" if p is None else " (p<0.001)" if p < 0.001 else f" (p={p:.3f})"
+    return interval(comparison) + shown
+
+
+def rate(row: dict) -> str:
+    """Questions per second, where the row was run without sharing work, so that it says something about the method."""
+    found = row["speed"].get("questions_per_second")
+    return f"{found:.0f}{'*' if row['speed'].get('shared') else ''}" if found else "–"
 
 
 def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str], Iterator[list[str]]]:
     """Column heads and rows, as text; `errors`: with the standard error in every column, not in the main one only."""
     families = [key for key in rows[0]["metrics"] if key.startswith("accuracy/")]
     against = list(comparisons[rows[0]["label"]])
-    heads = ["", "tokens", "GFLOPs", "of unpruned"]
+    papers = any(row.get("paper") for row in rows)
+    words = any(row.get("words") for row in rows)
+    heads = ["", "asked", "tokens", "average tokens", "GFLOPs", "of unpruned"]
     heads += [family.removeprefix("accuracy/") for family in families]
     heads += ["accuracy", *(f"− {other}" for other in against), "agrees", "acc_early", "hit", "share"]
+    heads += ["questions/s", *(["words", "no word"] if words else []), *(["paper: drop", "paper: cost"] if papers else [])]
 
     def body() -> Iterator[list[str]]:
         whole = rows[0]["tflops"]["total"]
         for row in rows:
             metrics, total = row["metrics"], row["tflops"]["total"]
-            line = [row["label"], str(row["tokens"][-1]), f"{total * 1e3:.4g}", f"{100 * total / whole:.1f} %"]
+            cuts = any(row["cuts"].values())
+            line = [row["label"], asked(row["budget"]) if cuts else "–", str(row["tokens"][-1])]
+            line += [f"{row['average_tokens']:.4g}" if row.get("average_tokens") is not None else "–"]
+            line += [f"{total * 1e3:.4g}", f"{100 * total / whole:.1f} %"]
             line += [percent(metrics[family], errors) for family in families]
             line += [percent(metrics["accuracy"])]
             for other in against:
                 line.append("" if other == row["label"] else compared(comparisons[row["label"]][other]))
             line += [f"{100 * comparisons[row['label']][against[0]]['agreement']:.1f}"]
             line += [percent(metrics[key], errors) for key in ("acc_early", "hit", "share")]
-            yield line
+            line += [rate(row)]
+            if words:
+                found = row.get("words")
+                line += [f"{found['passing']:.2f}", f"{100 * found['none']:.0f} %"] if found else ["–", "–"]
+            yield line + (paper.cells(row.get("paper")) if papers else [])
 
     return heads, body()
 
@@ -52,9 +74,12 @@ def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str],
 def notes(rows: list[dict]) -> str:
     n, images = rows[0]["metrics"]["accuracy"]["n"], rows[0]["metrics"]["images"]
     return (
-        f"Accuracy in %, n = {n} questions about {images} images, ± standard error (images as clusters); differences are "
-        "paired on the same questions, p by McNemar's exact test. agrees: same answer as the first row. acc_early: "
-        "answer read out after part 1. hit: some kept token lies on what is asked about; share: of the kept tokens that do."
+        f"Accuracy in %, n = {n} questions about {images} images, ± standard error (images as clusters; sd: between seeds); "
+        "differences are paired on the same questions, with 95 % bootstrap intervals over images, p by McNemar's exact "
+        "test. average tokens: visual tokens that enter a language layer. agrees: same answer as the first row. acc_early: "
+        "answer read out after part 1. hit: some kept token lies on what is asked about; share: of the kept tokens that do. "
+        "questions/s: * with work shared between rows. words: of the instruction that pass τ, per question; no word: questions "
+        f"without any. paper: the same row there, on LLaVA-1.5; {paper.NOTE}"
     )
 
 
@@ -89,3 +114,21 @@ def as_markdown(rows: list[dict], comparisons: dict) -> str:
 def escape(text: str) -> str:
     """A label cannot break out of its cell."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def markdown(title: str, heads: list[str], lines: list[list[str]], note: str = "") -> str:
+    """Any other table, below the main one."""
+    rows = ["| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines]
+    head = ["", f"## {title}", "", "| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    return "\n".join([*head, *rows, *(["", note] if note else []), ""])
+
+
+def print_other(title: str, heads: list[str], lines: list[list[str]], console: Console, note: str = "") -> None:
+    table = Table(title=title, caption=note or None, pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i == 0 else "right", overflow="fold", max_width=60)
+    for line in lines:
+        table.add_row(*line)
+    if not console.is_terminal:
+        console = Console(file=console.file, width=console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)

@@ -9,6 +9,13 @@ import numpy as np
 
 from ivtp.evaluation.statistics import compare
 from ivtp.report.figures import overlay
+from ivtp.report.viewer import as_seen
+
+CONFIG = (
+    *("experiment", "label", "series", "section", "pruner", "budget", "position_ids", "cuts", "model", "data"),
+    *("prompt", "text_encoder", "seed", "seeds_of", "code", "git", "versions", "machine"),
+)
+"""What of a record is a run's config: all that it depends on."""
 
 
 def mode() -> str:
@@ -34,46 +41,88 @@ def log_row(config, folder: Path, record: dict, outcomes: list[dict], unpruned: 
         name=record["label"],
         id=f"{record['experiment']}-{record['key']}"[:64],
         tags=[record["pruner"]["name"], *([record["section"]] if record["section"] else [])],
-        config={k: record[k] for k in ("pruner", "budget", "position_ids", "cuts", "model", "data", "seed", "versions")},
+        config={k: record[k] for k in CONFIG if k in record},
         dir=str(folder),
         mode=mode(),
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, save_code=False, disable_git=True),
     )
-    summary = {name: value["mean"] for name, value in record["metrics"].items() if isinstance(value, dict)}
+    metrics = {name: value["mean"] for name, value in record["metrics"].items() if isinstance(value, dict)}
     errors = {f"{name}/se": value["se"] for name, value in record["metrics"].items() if isinstance(value, dict)}
     cost = {f"tflops/{part}": value for part, value in record["tflops"].items()}
-    against = {f"unpruned/{k}": v for k, v in compare(outcomes, unpruned).items()}
-    rows, pictures = table(record, outcomes, unpruned, data, config.logger.samples)
+    against = scalars("unpruned", compare(outcomes, unpruned))
+    spent = {
+        "tokens": record["tokens"][-1],
+        "average_tokens": record.get("average_tokens"),
+        "gflops": record["tflops"]["total"] * 1e3,
+        "questions_per_second": record["speed"]["questions_per_second"],
+    }
+    rows, flips, pictures = tables(record, outcomes, unpruned, data, config.logger.samples)
+    numbers = {**metrics, **errors, **cost, **against, **spent}
     run.log(
         {
-            **{k: v for k, v in {**summary, **errors, **cost, **against}.items() if v is not None},
-            "tokens": record["tokens"][-1],
-            "questions_per_second": record["speed"]["questions_per_second"],
+            **{k: v for k, v in numbers.items() if v is not None},
             "samples": rows,
+            "flips": flips,
+            "cost": cost_table(record),
             **({"kept_tokens": pictures} if pictures else {}),
         }
     )
     run.finish()
 
 
-def table(record: dict, outcomes: list[dict], unpruned: list[dict], data, pictures: int):
-    """Every sample's answer and whether it flipped, and pictures of what was kept of the first ones."""
+def scalars(prefix: str, comparison: dict) -> dict:
+    """A paired comparison as single numbers: intervals as low and high, flips as counts."""
+    found = {}
+    for name, value in comparison.items():
+        if isinstance(value, dict):
+            found |= {f"{prefix}/{name}/{kind}": len(ids) for kind, ids in value.items()}
+        elif isinstance(value, (list, tuple)):
+            found |= {f"{prefix}/{name}/{end}": x for end, x in zip(("low", "high"), value, strict=True)}
+        else:
+            found[f"{prefix}/{name}"] = value
+    return found
+
+
+def cost_table(record: dict):
+    """The row as points of the accuracy–cost plot: its accuracy against every part of its cost."""
+    import wandb
+
+    mean, error = (record["metrics"]["accuracy"][name] for name in ("mean", "se"))
+    rows = [[record["label"], part, value, mean, error] for part, value in record["tflops"].items()]
+    return wandb.Table(columns=["label", "part", "tflops", "accuracy", "se"], data=rows)
+
+
+def tables(record: dict, outcomes: list[dict], unpruned: list[dict], data, pictures: int):
+    """Every sample's answer with pictures of what was kept of the first ones, the samples whose answer flipped, and
+    those pictures again on their own."""
     import wandb
 
     before = {outcome["id"]: outcome for outcome in unpruned}
-    columns = ["id", "family", "question", "answer", "prediction", "correct", "unpruned", "flipped", "early"]
-    rows = wandb.Table(columns=[*columns, "kept"])
+    columns = ["id", "family", "question", "answer", "prediction", "correct"]
+    rows = wandb.Table(columns=[*columns, "unpruned", "flipped", "early", "kept"])
+    flips = wandb.Table(columns=[*columns, "unpruned", "unpruned_correct", "flip"])
     images = []
     samples = {data.data[i]["id"]: data.data[i] for i in range(min(pictures, len(data.data)))}
     for outcome in outcomes:
         picture = None
         if outcome["id"] in samples and outcome["kept"] is not None:
             sample = samples[outcome["id"]]
-            shown = np.asarray(sample["image"]), outcome["kept"], record["tokens"][0], sample["patches"].numpy()
+            image = as_seen(data.collate.processor.image_processor, sample["image"])
+            shown = np.asarray(image), outcome["kept"], record["tokens"][0], sample["patches"].numpy()
             picture = wandb.Image(overlay(*shown), caption=f"{outcome['question']} {outcome['prediction']}")
             images.append(picture)
-        other = before.get(outcome["id"], outcome)["prediction"]
-        fields = [outcome[name] for name in columns[:6]]
-        rows.add_data(*fields, other, other != outcome["prediction"], outcome["early"], picture)
-    return rows, images
+        other = before.get(outcome["id"], outcome)
+        fields = [outcome[name] for name in columns]
+        flipped = other["prediction"] != outcome["prediction"]
+        rows.add_data(*fields, other["prediction"], flipped, outcome["early"], picture)
+        if flipped:
+            flips.add_data(*fields, other["prediction"], other["correct"], flip(outcome, other))
+    return rows, flips, images
+
+
+def flip(outcome: dict, other: dict) -> str:
+    """What a flipped answer did: "gained" a right one, "lost" one, or "changed" one wrong answer for another."""
+    if outcome["correct"] == other["correct"]:
+        return "changed"
+    return "gained" if outcome["correct"] else "lost"

@@ -1,0 +1,37 @@
+# `make help` lists what there is. PYTHON chooses the interpreter: make test PYTHON=.venv/bin/python
+PYTHON ?= python
+.DEFAULT_GOAL := help
+.PHONY: help install lint format test run cost wheel ci clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## Install the package, editable, with what development needs
+	$(PYTHON) -m pip install -e ".[dev]"
+
+lint: ## Check style and formatting
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: ## Put the code into shape
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test: ## Run the tests
+	$(PYTHON) -m pytest
+
+run: ## The main job: the group-size ablation, offline, in minutes
+	$(PYTHON) -m ivtp.run experiment=ablation_groupsize
+
+cost: ## What pruning saves on LLaVA-1.5-7B, from its sizes alone
+	$(PYTHON) -m ivtp.cost model=llava_1_5_7b pruner=ivtp text=512
+
+wheel: ## Build the source archive and the wheel into dist/
+	$(PYTHON) -m build
+
+ci: ## All that has to pass, in a fresh virtual environment
+	bash .ci/run
+
+clean: ## Remove what was built and cached; outputs/ stays
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .ci/venv
+	find . -name __pycache__ -type d -not -path "./.git/*" -prune -exec rm -rf {} +

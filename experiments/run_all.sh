@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Run every experiment (or those named as arguments) and keep its results beside its README; goes on where it was stopped.
+#   experiments/run_all.sh [NAME ...]
+# Settings: OUTPUT (default outputs), PYTHON (default python), ARGUMENTS (passed on to every run: "debug=limit logger=none").
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python} output=${OUTPUT:-outputs}
+names=("$@")
+if [ ${#names[@]} -eq 0 ]; then
+  for yaml in configs/experiment/*.yaml; do names+=("$(basename "$yaml" .yaml)"); done
+fi
+for name in "${names[@]}"; do
+  echo "== $name"
+  # shellcheck disable=SC2086
+  "$python" -m ivtp.run "experiment=$name" "output=$output" ${ARGUMENTS:-} || { echo "$name failed" >&2; exit 1; }
+done
+"$python" experiments/collect.py "$output" "${names[@]}"

@@ -1,0 +1,81 @@
+"""Where time and FLOPs go: measured per part of a pruned model, through `ivtp.prune(part=...)`."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+PARTS = ("vision", "projector", "text_encoder", "language", "pruner")
+
+
+class Stopwatch:
+    """Seconds per part, each moment counted once: what a part does inside another is the inner one's.
+
+    synchronise  waits for the device; where work is queued, a clock alone measures nothing
+    """
+
+    def __init__(self, synchronise: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.perf_counter):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._synchronise, self._clock = synchronise, clock
+        self._inside: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        self._switch()
+        self._inside.append(part)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._inside.pop()
+
+    def _switch(self) -> None:
+        self._synchronise()
+        now = self._clock()
+        if self._inside:
+            self.seconds[self._inside[-1]] += now - self._since
+        self._since = now
+
+
+class FlopParts:
+    """FLOPs per part as torch's own counter sees the executed operations, counted once like the seconds above."""
+
+    def __init__(self) -> None:
+        self.flops: dict[str, int] = defaultdict(int)
+        self._inside: list[str] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        counter = FlopCounterMode(display=False)
+        self._inside.append(part)
+        try:
+            with counter:
+                yield
+        finally:
+            self._inside.pop()
+            found = counter.get_total_flops()
+            self.flops[part] += found
+            if self._inside:  # the outer counter sees them too
+                self.flops[self._inside[-1]] -= found
+
+
+def count(model, plan, inputs: dict, question: str) -> dict[str, int]:
+    """FLOPs of one prefill of one sample, per part and in total, LM head on every position as in the paper's count.
+
+    What is outside every part (the LM head) belongs to the language model.
+    """
+    from ivtp.models import prune
+
+    parts = FlopParts()
+    whole = FlopCounterMode(display=False)
+    with torch.inference_mode(), prune(model, plan, instruction=[question], part=parts), whole:
+        model(**inputs)
+    total = whole.get_total_flops()
+    parts.flops["language"] += total - sum(parts.flops.values())
+    return {part: parts.flops.get(part, 0) for part in PARTS} | {"total": total}

@@ -1,0 +1,100 @@
+"""VisPruner: important tokens by CLS attention, diverse ones by removing duplicates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ivtp.pruners import register_pruner
+from ivtp.pruners.sites import feature_cut
+from ivtp.pruning.cost import Shape
+from ivtp.pruning.pruner import Plan, Pruner, hidden
+from ivtp.pruning.scores import Layerwise
+from ivtp.pruning.tokens import Selection, Tokens
+
+STEP = 8
+NEAR = 16
+
+
+@register_pruner
+def vispruner(shape: Shape, keep: int, important_ratio: float = 0.5) -> Plan:
+    """VisPruner (arXiv 2412.01818 v2): half of the tokens by CLS attention, half by removing near duplicates.
+
+    Scores     CLS row of the penultimate ViT layer, mean over heads
+    Selects    the best `important_ratio` of the budget; from the others, in descending order of score, every second one
+               is compared with those between (cosine of features), and the 8 that have the nearest double go, again
+               and again, until the budget is met
+    The rest   is dropped
+    Where      behind the penultimate ViT layer
+
+    The step of 8 is in the published code, not in the paper. That code fails when an odd number of tokens is left, and
+    for fewer than 8 diverse tokens; here an odd one out belongs to the first set, no step removes more than half, and
+    fewer than 8 diverse tokens are refused.
+    """
+    if not 0 <= important_ratio <= 1:
+        raise ValueError(f"important_ratio={important_ratio} must be between 0 and 1")
+    diverse = keep - int(keep * important_ratio)
+    if 0 < diverse < STEP and keep < shape.patches:
+        raise ValueError(
+            f"keep={keep} with important_ratio={important_ratio} leaves {diverse} diverse tokens, but vispruner needs "
+            f"at least {STEP} (or none: important_ratio=1); keep more or lower important_ratio"
+        )
+    return Plan(
+        vision=Pruner(feature_cut(shape, keep), Layerwise(), ImportantAndDiverse(important_ratio), metric=hidden)
+    )
+
+
+@dataclass(frozen=True)
+class ImportantAndDiverse:
+    """The highest scores, and of the others those without a double, in sequence order."""
+
+    important_ratio: float
+
+    def __call__(
+        self, scores: Float[Tensor, "b v"], metric: Float[Tensor, "b v d"], keep: int, tokens: Tokens
+    ) -> Selection:
+        important = int(keep * self.important_ratio)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        if important == keep:
+            return Selection(order[:, :keep].sort(dim=1).values)
+        metric = metric.float()
+        metric = metric / metric.norm(dim=-1, keepdim=True)
+        similarity = metric @ metric.transpose(1, 2)
+        valid = tokens.of_visual(tokens.valid)
+        # Padding is everybody's double, so it goes first.
+        similarity = similarity.masked_fill(~valid[:, :, None], 2.0).masked_fill(~valid[:, None], -2.0)
+        diverse = without_doubles(similarity, order[:, important:], keep - important)
+        return Selection(torch.cat([order[:, :important], diverse], 1).sort(dim=1).values)
+
+    def flops(self, v: int, keep: int, width: int, **_: int) -> int:
+        return 0 if int(keep * self.important_ratio) == keep else 2 * v * v * width
+
+
+def without_doubles(similarity: Float[Tensor, "b v v"], left: Tensor, keep: int) -> Tensor:
+    """Of the tokens `left` "b r" the `keep` that stay when those with the nearest double go, `STEP` at a time.
+
+    A token's double is looked for among its `NEAR` nearest neighbours first, and in its whole row only if none of
+    them is in the second set; the neighbours are renewed whenever half of the tokens are gone. The answer is exact.
+    """
+    b, v, _ = similarity.shape
+    sample = torch.arange(b, device=left.device)[:, None]
+    fresh = 2 * left.shape[1] + 1
+    while left.shape[1] > keep:
+        if 2 * left.shape[1] < fresh:
+            fresh = left.shape[1]
+            here = torch.zeros(b, v, dtype=torch.bool, device=left.device).scatter(1, left, True)
+            near = similarity.masked_fill(~here[:, None], -torch.inf).topk(min(NEAR, v), dim=2)
+        first, second = left[:, 0::2], left[:, 1::2]
+        is_second = torch.zeros(b, v, dtype=torch.bool, device=left.device).scatter(1, second, True)
+        place = near.indices[sample, first]
+        double = torch.where(is_second[sample[:, :, None], place], near.values[sample, first], -torch.inf).amax(2)
+        which, column = torch.nonzero(double == -torch.inf, as_tuple=True)
+        rows = similarity[which, first[which, column]].masked_fill(~is_second[which], -torch.inf)
+        double[which, column] = rows.amax(1)
+        gone = min(STEP, left.shape[1] - keep, first.shape[1])
+        stays = double.argsort(dim=1, descending=True, stable=True)[:, gone:]
+        left = torch.cat([first.gather(1, stays), second], 1)
+    return left

@@ -1,0 +1,295 @@
+"""Tiny random models for all tests. Their weights are large, so that logits differ by more than rounding hides."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+# Shapes and types of the core are checked in tests only: users pay nothing for it.
+install_import_hook("ivtp.pruning", "checks.checked")
+
+import inspect  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "ivtp", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ivtp")
+
+SIDE, PATCH = 35, 7
+PATCHES = (SIDE // PATCH) ** 2  # 25
+KEEP = 5
+PAD, BOS, EOS, UNK, IMAGE = range(5)
+WORDS = [
+    "what",
+    "color",
+    "is",
+    "the",
+    "big",
+    "red",
+    "round",
+    "thing",
+    "left",
+    "of",
+    "a",
+    "small",
+    "cube",
+    "?",
+    "how",
+    "many",
+    "are",
+    "there",
+]
+TEXTS = (
+    "what color is the round thing ?",
+    "how many cube are there left of the big red round thing ?",
+    "is the thing small ?",
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def shake(model, seed: int = 0, gain: float = 1.6):
+    """Random weights with a raised scale, biases and norms included: nothing is zero, one, or nearly constant."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim < 2:
+                weight.copy_((1.0 if name.endswith("weight") and "norm" in name else 0.0) + 0.3 * noise)
+            elif "embed" in name and "patch" not in name:
+                weight.copy_(noise)
+            else:
+                weight.copy_(noise * gain / weight[0].numel() ** 0.5)
+    return model.eval().requires_grad_(False)
+
+
+def images(batch: int, seed: int = 3):
+    return torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def make_timm(kind: str):
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {
+        "img_size": SIDE,
+        "patch_size": PATCH,
+        "embed_dim": 24,
+        "depth": 7,
+        "num_heads": 3,
+        "mlp_ratio": 1.5,
+        "num_classes": 11,
+    }
+    more = {
+        "timm_cls": {},
+        "timm_avg": {"class_token": False, "global_pool": "avg"},
+        "timm_registers": {"reg_tokens": 2, "qk_norm": True, "init_values": 0.7, "pre_norm": True},
+    }
+    return shake(VisionTransformer(**sizes, **more[kind]), 1)
+
+
+def vision_config(**changes):
+    from transformers import CLIPVisionConfig
+
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 37,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 3,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "projection_dim": 13,
+    }
+    return CLIPVisionConfig(**{**sizes, **changes})
+
+
+def make_clip(kernel: str = "sdpa"):
+    from transformers import CLIPVisionModel
+
+    return shake(CLIPVisionModel._from_config(vision_config(), attn_implementation=kernel), 2)
+
+
+def make_llava(kernel: str = "sdpa", seed: int = 4, vision: dict | None = None, text: dict | None = None, **changes):
+    """LLaVA with 7 ViT layers, 9 LLM layers (3 of them part 1), 6 query heads over 2 key-value heads."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    language = {
+        "hidden_size": 42,
+        "intermediate_size": 53,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "vocab_size": len(WORDS) + 5,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    config = LlavaConfig(
+        vision_config=vision_config(**(vision or {})),
+        text_config=LlamaConfig(**{**language, **(text or {})}),
+        image_token_index=IMAGE,
+        image_seq_length=PATCHES,
+        vision_feature_layer=-2,
+        **changes,
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=kernel)
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = None  # nothing ends early
+    return shake(model, seed)
+
+
+def word_tokenizer():
+    """One token per word: the LLM's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
+
+
+def byte_tokenizer(corpus=(*TEXTS, *TEXTS), size: int = 320, **settings):
+    """Byte-level BPE: pieces of words, emoji in several tokens: CLIP's, or another LLM's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<start>", "<end>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<start>", eos_token="<end>", **settings)
+
+
+def make_text_encoder(context: int = 19, seed: int = 6, vision_width: int = 24):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    from ivtp.backbones.guidance import TransformersText
+
+    tokenizer = byte_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=20,
+        intermediate_size=31,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        max_position_embeddings=context,
+        projection_dim=13,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    model = shake(CLIPTextModelWithProjection(config), seed)
+    projection = torch.randn(13, vision_width, generator=torch.Generator().manual_seed(seed))
+    return TransformersText(model, tokenizer, projection)
+
+
+def prompts(texts=TEXTS, padded_to: int | None = None):
+    """input_ids and attention_mask, left-padded; the image stands after the first word of each prompt."""
+    tokenizer = word_tokenizer()
+    rows = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        rows.append([BOS, ids[0], *[IMAGE] * PATCHES, *ids[1:]])
+    length = padded_to or max(map(len, rows))
+    ids = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def inputs(texts=TEXTS, **kwargs):
+    """A padded batch: prompt number i always comes with image number i."""
+    pixels = images(len(TEXTS))[[TEXTS.index(text) for text in texts]]
+    return {**prompts(texts, **kwargs), "pixel_values": pixels}
+
+
+_made = {}
+
+
+def llava(kernel: str = "sdpa"):
+    """The one LLaVA of the session per kernel, with its tokenizer and text encoder."""
+    from ivtp import load_model
+
+    if kernel not in _made:
+        model, _ = load_model(make_llava(kernel), SimpleNamespace(tokenizer=word_tokenizer()), make_text_encoder())
+        _made[kernel] = model
+    return _made[kernel]
+
+
+def vision_model(kind: str):
+    if kind not in _made:
+        _made[kind] = make_clip(kind.removeprefix("clip_")) if kind.startswith("clip") else make_timm(kind)
+    return _made[kind]
+
+
+VISION = ["timm_cls", "timm_avg", "timm_registers", "clip_sdpa", "clip_eager"]
+"""Every vision backbone; LLaVA has tests of its own."""
+
+
+AT_LEAST = {"vispruner": 17}
+"""Methods that cannot keep as few as KEEP of 25 patches."""
+
+
+def settings_of(name: str, keep: int = KEEP, **settings):
+    """`keep` for the pruners that take it, and a threshold that random features do pass."""
+    from ivtp.pruners import PRUNERS
+
+    accepted = inspect.signature(PRUNERS[name]).parameters
+    wanted = {"keep": max(keep, AT_LEAST.get(name, 0)), "tau": 0.1, **settings}
+    return {key: value for key, value in wanted.items() if key in accepted or key == "position_ids"}
+
+
+def plan_of(name: str, model, **settings):
+    """The plan of a registered pruner on a backbone; skips, in words, where the method cannot run."""
+    from ivtp import load_pruner, shape_of
+
+    shape = shape_of(model)
+    try:
+        return load_pruner(name, shape, **settings_of(name, **settings))
+    except ValueError as error:
+        if shape.language is None and "language" in str(error):
+            pytest.skip(f"{name} prunes inside a language model, and a vision tower has none")
+        if not shape.has_cls and ("CLS" in str(error) or "class token" in str(error)):
+            pytest.skip(f"{name} needs a class token, and this tower averages its patches")
+        if "halve" in str(error):
+            pytest.skip(f"{name} can at most halve the tokens in one step, and this schedule asks for more")
+        raise
+
+
+def close(actual, expected, tolerance: float = 1e-5):
+    """Equal up to `tolerance` of the largest entry."""
+    __tracebackhide__ = True
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} against {tuple(expected.shape)}"
+    assert torch.isfinite(actual).all(), "not finite"
+    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:g}"

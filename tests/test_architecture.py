@@ -1,0 +1,76 @@
+"""The direction of dependence, read from the imports; and that `import ivtp` is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "ivtp"
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ["ivtp", *path.relative_to(ROOT).parts[:-1]]
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{name}.{alias.name}" if name in ("ivtp", "") else name for alias in node.names}
+    return found
+
+
+def layer(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else parts[0].removesuffix(".py")
+
+
+ALLOWED = {
+    "registry": set(),
+    "pruning": {"pruning", "registry"},
+    "pruners": {"pruners", "pruning", "registry"},
+    "backbones": {"backbones", "pruning", "registry"},
+    "models": {"backbones", "pruners", "pruning", "registry"},
+    "data": {"data", "registry"},
+}
+"""What each part may import of ivtp; the rest (evaluation, build, records, report, run) stands above them all."""
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if layer(p) in ALLOWED], ids=lambda p: str(p.relative_to(ROOT)))
+def test_dependence_points_down(path):
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("ivtp.")}
+    assert own <= ALLOWED[layer(path)], f"{path} reaches up to {own - ALLOWED[layer(path)]}"
+    assert "ivtp" not in imports(path), f"{path} imports the public face"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if layer(p) == "pruning"], ids=lambda p: p.name)
+def test_the_core_needs_torch_alone(path):
+    outside = {name.split(".")[0] for name in imports(path)} - {"ivtp", "torch", "jaxtyping", "__future__"}
+    assert outside <= sys.stdlib_module_names
+
+
+def test_the_test_itself_sees_imports():
+    """It must not pass because it found nothing."""
+    assert {layer(p) for p in MODULES} >= {"registry", "pruning", "pruners", "backbones", "models"}
+    assert "ivtp.pruning.tokens" in imports(ROOT / "pruning" / "traverse.py")
+    assert "transformers" in imports(ROOT / "models.py")
+
+
+def test_import_ivtp_is_cheap():
+    """`python -m ivtp... --help` and a typo must not wait for transformers."""
+    code = (
+        "import sys, ivtp\n"
+        "heavy = {'torch', 'transformers', 'timm', 'wandb', 'lightning', 'open_clip'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nivtp.list_pruners()\n"
+        "heavy = {'transformers', 'timm', 'wandb', 'lightning', 'open_clip'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert set(ivtp.__all__) <= set(dir(ivtp))\nfor name in ivtp.__all__: getattr(ivtp, name)\n"
+        "try: ivtp.nothing\nexcept AttributeError: pass\nelse: raise SystemExit('no AttributeError')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,185 @@
+"""Every YAML composes and can be planned; keys reach where they should; what is misspelt is named."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from ivtp.config import FOLDER, GROUPS, ConfigError, load_config, options, pruner_defaults, variants
+from ivtp.pruners import list_pruners, register_pruner
+from ivtp.registry import UnknownName, UserError
+
+YAMLS = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.glob("*/*.yaml"))
+NEEDED = {"data=folder": ["data.path=somewhere"]}
+
+
+def test_there_are_yamls_and_each_belongs_to_a_group_that_can_be_chosen():
+    assert len(YAMLS) > 15
+    assert {path.parts[0] for path in YAMLS} <= set(GROUPS)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=str)
+def test_every_yaml_composes_and_its_rows_can_be_planned(path):
+    from ivtp.build import build_shape, plan_rows
+
+    choice = f"{path.parts[0]}={path.name}"
+    config = load_config([choice, *NEEDED.get(choice, [])])
+    assert not OmegaConf.missing_keys(config)
+    rows = list(variants(config))
+    assert rows
+    planned = plan_rows(rows, build_shape(config), 12, 10)
+    assert [row.label for row in planned] == [row["label"] for row in rows]
+    assert all(row.cost.total > 0 for row in planned)
+    if config.compare_to is not None:
+        assert config.compare_to in {row.label for row in planned}
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=str)
+def test_every_yaml_says_what_it_is_where_it_is_chosen_by_name(path):
+    if path.parts[0] in ("model", "data", "pruner", "experiment"):
+        assert options(path.parts[0])[path.name], f"{path}.yaml needs a first line `# what it is`"
+
+
+def test_every_pruner_can_be_chosen_and_its_yaml_has_its_own_settings():
+    import inspect
+
+    from ivtp.pruners import PRUNERS
+
+    for name in list_pruners():
+        assert load_config([f"pruner={name}"]).pruner.name == name
+        parameters = inspect.signature(PRUNERS[name]).parameters
+        assert set(pruner_defaults(name)) - {"name"} <= set(parameters), name
+
+
+def test_the_defaults_of_a_yaml_are_those_of_the_function():
+    """`pruner=ivtp` on the command line and `ivtp.prune(model, "ivtp")` are the same method."""
+    import inspect
+
+    from ivtp.pruners import PRUNERS
+
+    for name in list_pruners():
+        parameters = inspect.signature(PRUNERS[name]).parameters
+        for key, value in pruner_defaults(name).items():
+            if key != "name" and value != "${seed}":
+                assert value == parameters[key].default, f"{name}: {key}"
+
+
+def test_a_key_of_the_pruner_reaches_all_rows_of_that_pruner():
+    rows = list(variants(load_config(["experiment=ablation_groupsize", "pruner.tau=0.35"])))
+    assert {row["pruner"].get("tau") for row in rows if row["pruner"]["name"] == "ivtp"} == {0.35}
+    assert len(rows) > 20
+
+
+def test_a_sweep_makes_one_row_for_each_combination():
+    config = load_config(["variants=[{label: 'g {group} t {tau}', sweep: {group: [2, 3], tau: [0.1, 0.2]}}]"])
+    found = [(row["label"], row["pruner"]["group"], row["pruner"]["tau"]) for row in variants(config)]
+    assert found == [("g 2 t 0.1", 2, 0.1), ("g 2 t 0.2", 2, 0.2), ("g 3 t 0.1", 3, 0.1), ("g 3 t 0.2", 3, 0.2)]
+
+
+def test_a_row_may_take_another_method_with_that_method_s_own_settings():
+    config = load_config(["variants=[{label: a, pruner: tome}, {label: b, group: all}]", "pruner.tau=0.3"])
+    other, ours = variants(config)
+    assert other["pruner"] == pruner_defaults("tome")
+    assert (ours["pruner"]["name"], ours["pruner"]["group"], ours["pruner"]["tau"]) == ("ivtp", "all", 0.3)
+
+
+def test_the_seed_reaches_the_random_pruner_of_a_row():
+    (row,) = variants(load_config(["variants=[{label: a, pruner: random}]", "seed=7"]))
+    assert row["pruner"]["seed"] == 7
+
+
+def test_debug_limit_applies_to_any_data():
+    assert load_config(["debug=limit"]).data.limit == 20
+    assert load_config(["debug=limit", "data=folder", "data.path=x"]).data.limit == 20
+    assert load_config(["debug=limit", "data.limit=3"]).data.limit == 3
+
+
+def test_a_pruner_without_a_yaml_is_chosen_with_the_defaults_of_its_function():
+    from ivtp.pruners import PRUNERS
+    from ivtp.pruning.pruner import Plan
+
+    def somebodys(shape, keep: int, strength: float = 0.5) -> Plan:
+        """From a wheel of somebody else."""
+        return Plan()
+
+    register_pruner(somebodys)
+    try:
+        assert load_config(["pruner=somebodys", "pruner.strength=0.75"]).pruner == {
+            "name": "somebodys",
+            "strength": 0.75,
+        }
+        assert options("pruner")["somebodys"] == "From a wheel of somebody else."
+    finally:
+        del PRUNERS._found["somebodys"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("experiment=ablation_group", "Did you mean 'ablation_groupsize'?"),
+        ("pruner=ivtpp", "Did you mean 'ivtp'?"),
+        ("model=tinny", "Did you mean 'tiny'?"),
+        ("pruner.tua=0.3", "Did you mean 'pruner.tau'?"),
+        ("trainer.batchsize=3", "Did you mean 'trainer.batch_size'?"),
+        ("logger.sample=3", "Did you mean 'logger.samples'?"),
+        ("pruner=null", "unknown pruner 'null'"),
+    ],
+)
+def test_did_you_mean(override, said):
+    with pytest.raises(UnknownName, match="unknown") as raised:
+        load_config([override])
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--multirun", "'--multirun' is not of the form key=value"),
+        ("pruner.tau='x", "cannot be read as key=value"),
+        ("data.limit=0", "data.limit=0 must be a whole number of at least 1, or null"),
+        ("data.limit=2.5", "data.limit=2.5 must be a whole number"),
+        ("data.scenes=many", "data.scenes=many must be a whole number of at least 1"),
+        ("data.scenes=true", "data.scenes=True must be a whole number"),
+        ("data.max_new_tokens=0", "data.max_new_tokens=0 must be"),
+        ("trainer.batch_size=0", "trainer.batch_size=0 must be"),
+        ("trainer.threads=-1", "trainer.threads=-1 must be"),
+        ("trainer.device=gpu", "trainer.device=gpu is not one of auto, cpu, cuda"),
+        ("model.dtype=half", "model.dtype=half is not one of"),
+        ("position_ids=kept", "position_ids=kept is not one of keep, renumber"),
+        ("model.prompt=null", "model.prompt=None must be a text"),
+        ("model.source=''", "model.source='' must be a text"),
+        ("output=null", "output=None must be a text"),
+        ("seed=-1", "seed=-1 must be"),
+        ("name=../elsewhere", "name='../elsewhere' must be the name of one folder"),
+        ("budget=16", "budget=16 must name its kind"),
+        ("data=folder", "data.path has no value"),
+    ],
+)
+def test_a_value_that_no_run_could_use_is_named_with_its_bound(override, said):
+    with pytest.raises(ConfigError) as raised:
+        load_config([override])
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("3", "must be a list of rows"),
+        ("[3]", "row 1 of variants"),
+        ("[{pruner: ivtp}]", "must have a text `label`"),
+        ("[{label: a}, {label: a}]", "two rows are labelled 'a'"),
+        ("[{label: '{x}'}]", "'x' is not a key of its sweep"),
+        ("[{label: a, sweep: {group: 3}}]", "each with a list of values"),
+        ("[{label: a, sweep: {groups: [3]}}]", "Did you mean 'group'?"),
+        ("[{label: a, tua: 3}]", "Did you mean 'tau'?"),
+        ("[{label: a, pruner: ivtpp}]", "Did you mean 'ivtp'?"),
+        ("[{label: a, budget: {keeep: 3}}]", "Did you mean 'keep'?"),
+        ("[{label: a, budget: 16}]", "must name its kind"),
+        ("[{label: a, budget: {keep: 3, tflops: 1}}]", "both given"),
+    ],
+)
+def test_rows_that_cannot_be_are_named(rows, said):
+    with pytest.raises(UserError) as raised:
+        list(variants(load_config([f"variants={rows}"])))
+    assert said in str(raised.value)

@@ -1,0 +1,201 @@
+"""The wheel runs the main job from any folder, and finds pruners of other wheels; the project's files say the truth."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import version
+
+import pytest
+from running import ROOT, environment, lines
+
+import ivtp
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built as `python -m build` builds it, with the build backend that is installed here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """The wheel installed into a folder of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, wheel],
+        capture_output=True, check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    return folder
+
+
+def python(site, *arguments, cwd):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment(PYTHONPATH=str(site)),
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+
+
+def test_the_wheel_holds_configs_model_licence_and_every_file_of_the_package(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(
+        ["git", "ls-files", "ivtp", "configs"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    for path in tracked.stdout.split():
+        inside = f"ivtp/{path}" if path.startswith("configs/") else path
+        if (ROOT / path).exists():
+            assert inside in names, path
+    for path in ("model.safetensors", "config.json", "tokenizer.json", "clip/model.safetensors", "README.md"):
+        assert f"ivtp/assets/tiny/{path}" in names
+    assert "ivtp/configs/experiment/ablation_groupsize.yaml" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith(("tests", "notebooks", "experiments", "configs", "outputs"))]
+    assert wheel.stat().st_size < 25e6
+
+
+def test_the_wheel_runs_the_main_job_from_any_folder(site, tmp_path):
+    arguments = ["-m", "ivtp.run", "experiment=ablation_groupsize", "debug=limit", "data.limit=5", "logger=none"]
+    done = python(site, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = lines(tmp_path / "outputs" / "ablation_groupsize" / "results.jsonl")
+    assert len(results) > 20
+    where = python(site, "-c", "import ivtp.config as c; print(c.FOLDER)", cwd=tmp_path)
+    assert where.stdout.strip() == str(site / "ivtp" / "configs")
+
+
+SOMEBODYS = '''
+from ivtp import Cut, Plan, Pruner
+from ivtp.pruning.scores import Chance
+
+
+def somebodys(shape, keep: int, layer: int = 0) -> Plan:
+    """Chance, after one layer."""
+    return Plan(vision=Pruner((Cut(layer, keep, "block"),), Chance(0)))
+'''
+
+
+def test_a_pruner_in_somebody_else_s_wheel_is_found_and_run(site, tmp_path):
+    other = tmp_path / "site"
+    about = other / "somebody-1.0.dist-info"
+    about.mkdir(parents=True)
+    (other / "somebody.py").write_text(SOMEBODYS)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[ivtp.pruners]\nsomebodys = somebody:somebodys\n")
+    both = os.pathsep.join([str(site), str(other)])
+    arguments = ["pruner=somebodys", "pruner.layer=3", "budget.keep=9", "debug=limit", "data.limit=2", "logger=none"]
+    done = python(both, "-m", "ivtp.run", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = lines(tmp_path / "outputs" / "run" / "results.jsonl")[-1]
+    assert (row["label"], row["tokens"][-1], row["cuts"]["vision"]) == ("somebodys", 9, [[3, 9, "block"]])
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path):
+    code = "import sys, json, ivtp; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert not {"torch", "transformers", "lightning", "wandb", "hydra"} & set(json.loads(done.stdout))
+
+
+def test_the_public_face_is_there():
+    for name in (
+        "load_model",
+        "load_pruner",
+        "prune",
+        "list_pruners",
+        "register_pruner",
+        "Tokens",
+        "Pruner",
+        "Cut",
+        "Plan",
+    ):
+        assert name in dir(ivtp)
+        assert getattr(ivtp, name)
+    with pytest.raises(AttributeError, match="no attribute 'prunes'"):
+        ivtp.prunes  # noqa: B018
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_everything_that_is_imported_is_a_dependency():
+    names = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open_clip_torch", "hydra": "hydra-core"}
+    names |= {"vl_convert": "vl-convert-python", "wandb_workspaces": "wandb-workspaces"}
+    wanted = [*project()["project"]["dependencies"], *project()["project"]["optional-dependencies"]["workspaces"]]
+    asked = {re.match(r"[\w-]+", line).group().lower() for line in wanted}
+    imported = set()
+    for path in (ROOT / "ivtp").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            for name in {full.split(".")[0] for full in found} - {"ivtp", *sys.stdlib_module_names}:
+                imported.add(names.get(name, name))
+    assert imported <= asked, imported - asked
+    assert len(imported) > 8
+
+
+def test_versions_agree():
+    assert version("ivtp") == ivtp.__version__
+    assert f"version: {ivtp.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_licence_is_whole():
+    text = (ROOT / "LICENSE").read_text()
+    for part in (
+        "Apache License",
+        "Version 2.0, January 2004",
+        "9. Accepting Warranty",
+        "END OF TERMS AND CONDITIONS",
+        "APPENDIX",
+    ):
+        assert part in text
+
+
+def test_make_help_explains_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z]+):", makefile, re.MULTILINE)
+    assert len(targets) > 8
+    for target in targets:
+        assert f"make {target} " in shown
+    assert {"install", "lint", "format", "test", "run", "wheel", "clean"} <= set(targets)
+
+
+def test_make_and_ci_say_what_the_readme_says():
+    readme = (ROOT / "README.md").read_text()
+    makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
+    for command in ('pip install -e ".[dev]"', "python -m ivtp.run experiment=ablation_groupsize"):
+        assert command in readme
+        assert command in ci
+        assert command.removeprefix("python ") in makefile
+    assert re.search(r"^pytest$", readme, re.MULTILINE)
+    assert re.search(r"^pytest$", ci, re.MULTILINE)
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=False).returncode == 0
+
+
+def test_yaml_files_of_the_project_can_be_read():
+    from omegaconf import OmegaConf
+
+    citation = OmegaConf.load(ROOT / "CITATION.cff")
+    assert citation.title == "ivtp"
+    assert citation.references[0].doi == "10.1007/978-3-031-72643-9_13"
+    (repository,) = OmegaConf.load(ROOT / ".pre-commit-config.yaml").repos
+    assert {hook.id for hook in repository.hooks} >= {
+        "ruff",
+        "ruff-format",
+        "end-of-file-fixer",
+        "check-added-large-files",
+    }

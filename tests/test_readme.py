@@ -1,0 +1,132 @@
+"""What the README shows is what happens: every command and every piece of Python in it runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from running import ROOT, lines, run
+
+import ivtp
+from ivtp import cost
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for language, text in FENCES
+    if language in ("bash", "sh", "shell", "console", "")
+    for line in text.splitlines()
+    if line.strip().startswith("python -m ivtp")
+]
+SNIPPETS = [text for language, text in FENCES if language == "python"]
+
+
+def test_there_is_something_to_try():
+    assert len(COMMANDS) >= 8
+    assert len(SNIPPETS) >= 2
+    assert len(README.splitlines()) < 175
+
+
+def a_folder_of_questions(tmp_path: Path) -> Path:
+    import json
+
+    from PIL import Image
+
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    Image.new("RGB", (96, 96), (90, 90, 90)).save(folder / "a.png")
+    row = {"id": "1", "image": "a.png", "question": "is there a red circle ?", "answer": "no"}
+    (folder / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+def a_llava(tmp_path: Path) -> Path:
+    """Stands in for LLaVA-1.5's weights, which nobody has here: the embedded model with LLaVA's prompt."""
+    return ivtp.models.ASSETS / "tiny"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    program, _, module, *arguments = shlex.split(command)
+    assert program == "python"
+    stand_ins = {
+        "data.path=": lambda: f"data.path={a_folder_of_questions(tmp_path)}",
+        "model.source=": lambda: f"model.source={a_llava(tmp_path)}",
+    }
+    for start, stand_in in stand_ins.items():
+        arguments = [stand_in() if a.startswith(start) else a for a in arguments]
+    if any(a.startswith("model.source=") for a in arguments):
+        arguments += ["model.text_encoder=null"]
+    if module == "ivtp.cost":
+        assert cost.main(arguments) == 0
+        assert capsys.readouterr().out.strip()
+        return
+    if module == "ivtp.report":
+        pytest.fail("name it in this test, with the folder that it reads")
+    assert module == "ivtp.run"
+    if "--help" in arguments:
+        assert run(*arguments, quick=False) == 0
+        return
+    limit = [] if any(a.startswith("data.limit=") for a in arguments) else ["data.limit=2"]
+    assert run(*arguments, "debug=limit", *limit, "logger=none", quick=False) == 0
+    (results,) = tmp_path.rglob("results.jsonl")
+    assert lines(results)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_every_piece_of_python_runs(number, monkeypatch):
+    import numpy as np
+    from PIL import Image
+
+    from ivtp.pruners import PRUNERS
+
+    before = dict(PRUNERS._found)
+    image = Image.fromarray(np.full((96, 96, 3), 90, np.uint8))
+    names = {"image": image, "prompt": "<image> is there a red circle ?"}
+    # In a real file, so that functions defined in it have annotations and a source.
+    module = type(sys)("readme_snippet")
+    module.__dict__.update(names)
+    monkeypatch.setitem(sys.modules, "readme_snippet", module)
+    try:
+        exec(compile(SNIPPETS[number], f"README.md, Python {number + 1}", "exec"), module.__dict__)
+        for name in set(PRUNERS._found) - set(before):
+            model, processor = ivtp.load_model("tiny")
+            with ivtp.prune(model, name, keep=9) as run_:
+                model.generate(**processor(images=image, text=names["prompt"], return_tensors="pt"), max_new_tokens=1)
+            assert run_.trace.kept.position.shape[1] == 9
+    finally:
+        for name in set(PRUNERS._found) - set(before):
+            del PRUNERS._found[name]
+
+
+def test_the_list_of_pruners_is_that_of_the_registry():
+    from ivtp.pruners import PRUNERS
+
+    section = README.split("## Pruners")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)`", section, re.MULTILINE)
+    assert listed == sorted(set(listed), key=listed.index), "a pruner is listed twice"
+    ours = {name for name in ivtp.list_pruners() if PRUNERS[name].__module__.startswith("ivtp.")}
+    assert set(listed) == ours
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_tree_is_that_of_the_repository():
+    tree = next(text for language, text in FENCES if language == "text" and "ivtp/" in text)
+    folder = Path()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if line.startswith("  "):
+            assert (ROOT / folder / name).exists(), f"{folder / name}"
+        else:
+            assert (ROOT / name).exists(), name
+            folder = Path(name)
