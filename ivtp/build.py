@@ -20,7 +20,6 @@ from ivtp.pruning.pruner import Plan
 from ivtp.records import fingerprint
 from ivtp.registry import UnknownName, UserError, unknown
 
-
 STAND_INS = {"resampler": resampler}
 """Methods with trained modules of their own: known by their cost alone, never run."""
 
@@ -122,8 +121,9 @@ def plan_rows(rows: list[dict], shape: Shape, text: int, instruction: int) -> li
         try:
             keep = None
             if row.get("stand_in"):
-                keep = solve(row["budget"], shape, lambda keep: STAND_INS[row["stand_in"]](shape, keep, text)[1])
-                plan, spent = STAND_INS[row["stand_in"]](shape, keep, text)
+                stand_in = STAND_INS[row["stand_in"]]
+                keep = solve(row["budget"], shape, lambda keep, of=stand_in: of(shape, keep, text)[1])
+                plan, spent = stand_in(shape, keep, text)
                 planned[row["label"]] = Row(**row, plan=plan, cost=spent)
                 continue
             if "keep" in inspect.signature(PRUNERS[name]).parameters:

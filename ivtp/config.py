@@ -22,7 +22,7 @@ from ivtp.registry import UnknownName, UserError, unknown
 _INSIDE = Path(__file__).parent / "configs"
 FOLDER = _INSIDE if _INSIDE.is_dir() else Path(__file__).parent.parent / "configs"
 GROUPS = ("model", "data", "pruner", "trainer", "logger", "debug", "experiment")
-VARIANT_KEYS = ("label", "section", "sweep", "pruner", "budget", "position_ids", "seeds", "paper", "stand_in")
+VARIANT_KEYS = ("label", "series", "section", "sweep", "pruner", "budget", "position_ids", "seeds", "paper", "stand_in")
 
 # Bounds of single keys: the least whole number, what there is to choose from, what must be a text.
 WHOLE = {
@@ -158,9 +158,9 @@ def _flat(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def variants(config: DictConfig) -> Iterator[dict]:
-    """The rows of an experiment: dicts with label, series (the label without what is swept), section,
-    pruner (name and settings), budget, position_ids; paper (the row of the paper that it repeats), stand_in (what it only
-    stands in for in cost), seeds_of (of which row it is one seed).
+    """The rows of an experiment: dicts with label, series (its line in the plot; by default the label without what
+    is swept), section, pruner (name and settings), budget, position_ids; paper (the row of the paper that it repeats),
+    stand_in (what it only stands in for in cost), seeds_of (of which row it is one seed).
 
     A sweep may run over settings, `pruner`, `position_ids` and every kind of budget.
 
@@ -189,6 +189,7 @@ def variants(config: DictConfig) -> Iterator[dict]:
                     raise UnknownName(unknown(f"setting of pruner {name!r}:", key, pruner))
             try:
                 label, paper = row["label"].format(**swept), (row.get("paper") or "").format(**swept)
+                series = (row.get("series") or "").format(**swept)
             except (KeyError, IndexError, ValueError) as error:
                 raise ConfigError(f"label {row['label']!r}: {error} is not a key of its sweep") from error
             if label in seen:
@@ -196,7 +197,7 @@ def variants(config: DictConfig) -> Iterator[dict]:
             seen.add(label)
             variant = {
                 "label": label,
-                "series": row["label"].format(**dict.fromkeys(swept, "…")),
+                "series": series or row["label"].format(**dict.fromkeys(swept, "…")),
                 "section": row.get("section", ""),
                 "pruner": pruner | settings,
                 "budget": budget,

@@ -150,7 +150,8 @@ def tables(found: list[dict], convention: str = "paper") -> list[tuple[str, list
         title = f"{model}, {texts[0]} text tokens, {unit} of one prefill"
         extra = [] if convention == "paper" else list(of_model[0]["conventions"]) if convention == "all" else [convention]
         papers = any(_printed(r) for r in of_model)
-        heads = ["", "asked", "visual tokens", "average", *PARTS, "of unpruned", *(["the paper's total"] if papers else []), *extra]
+        heads = ["", "asked", "visual tokens", "average", *PARTS, "of unpruned"]
+        heads += [*(["the paper's total"] if papers else []), *extra]
         made.append((title, heads, [_line(r, of_model[0], scale, extra, papers) for r in of_model]))
     return made
 

@@ -107,7 +107,7 @@ def run(arguments: Sequence[str]) -> Path:
     from ivtp.report import report, viewer
 
     watch = viewer.save(folder, data.data, processor, config.viewer)
-    evaluator = Evaluator(model, processor, data, config, folder, console, watch, text)
+    evaluator = Evaluator(model, processor, data, config, folder, console, watch)
     current = []
     for number, row in enumerate(planned, start=1):
         asked = {k: v for k, v in asdict(row).items() if k in ("pruner", "budget", "position_ids")}
@@ -123,14 +123,15 @@ def run(arguments: Sequence[str]) -> Path:
     about = {"keys": [record["key"] for record in current], "compare_to": config.compare_to, "question": question(config)}
     from omegaconf import OmegaConf
 
-    about |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures")}
+    about |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures", "overlap")}
     records.replace(folder / "experiment.json", json.dumps(about, ensure_ascii=False).encode())
     report(folder, current, config.compare_to, data.data, Console(), about["question"], about)
     return folder
 
 
 def check_claims(config, rows: list[dict]) -> None:
-    """Every row that is compared to, or claimed something of, exists; rows of several seeds go by their common label."""
+    """Every row that is compared to, or claimed something of, exists; rows of several seeds go by their common label.
+    So does the section whose overlap is asked for."""
     from ivtp.registry import UnknownName, unknown
 
     labels = {row["seeds_of"] or row["label"] for row in rows}
@@ -138,6 +139,9 @@ def check_claims(config, rows: list[dict]) -> None:
     for name in [*named, *(row for claim in config.claims for row in claim["rows"])]:
         if name not in labels:
             raise UnknownName(unknown("row to compare to", str(name), labels))
+    sections = {row["section"] for row in rows}
+    if config.overlap is not None and config.overlap not in sections:
+        raise UnknownName(unknown("section to show the overlap of:", str(config.overlap), sections))
 
 
 def spend(config, rows: list[dict], folder: Path, console) -> None:
@@ -235,9 +239,9 @@ def machine(device: str) -> dict:
 class Evaluator:
     """Runs rows through `Trainer.test`, keeps their per-sample outcomes in files, and logs them."""
 
-    def __init__(self, model, processor, data, config, folder: Path, console, watch=frozenset(), text: int = 0) -> None:
+    def __init__(self, model, processor, data, config, folder: Path, console, watch=frozenset()) -> None:
         self.model, self.processor, self.data, self.config = model, processor, data, config
-        self.folder, self.console, self.watch, self.text = folder, console, watch, text
+        self.folder, self.console, self.watch = folder, console, watch
         from ivtp.backbones.shared import SharedVision
 
         self.shared = None
@@ -345,9 +349,9 @@ class Evaluator:
         """Takes the time of each part, where the experiment measures."""
         if not self.config.measure:
             return None
-        from ivtp.evaluation.speed import Stopwatch
-
         import torch
+
+        from ivtp.evaluation.speed import Stopwatch
 
         return Stopwatch(torch.cuda.synchronize) if self.model.device.type == "cuda" else Stopwatch()
 

@@ -81,6 +81,9 @@ def runs(place: Path) -> dict[str, dict]:
                 put(one["summary"], record.summary.update)
             elif kind == "history":
                 put(one["history"], record.history.item)
+            elif kind == "artifact":
+                contents = record.artifact.manifest.contents
+                one["artifacts"] |= {entry.path: Path(entry.local_path) for entry in contents}
             elif kind == "exit":
                 one["exit"] = record.exit
         found[one["run"].display_name] = one
@@ -130,12 +133,15 @@ def test_the_table_of_samples_and_the_overlays_lie_below_the_output_folder(logge
     for row, outcome in zip(content["data"], outcomes, strict=True):
         for name in ("id", "question", "answer", "prediction", "correct"):
             assert row[column[name]] == outcome[name]
-    pictures = [row[column["kept"]] for row in content["data"] if row[column["kept"]]]
+    # The table in the run's files names its pictures only; they travel with its artifact.
+    kept = [row[-1] for row in json.loads(one["artifacts"]["samples.table.json"].read_text())["data"]]
+    pictures = [one["artifacts"][picture["path"]] for picture in kept if picture]
     assert len(pictures) == 2
     for picture in pictures:
-        with Image.open(media / picture["path"]) as image:
+        assert picture.is_relative_to(logged / "out" / "run")
+        with Image.open(picture) as image:
             assert image.size[0] >= 144
-            assert len(set(image.convert("L").getdata())) > 20
+            assert len(set(image.convert("L").tobytes())) > 20
     assert seen["kept_tokens"]["count"] == 2
     assert all((media / name).is_file() for name in seen["kept_tokens"]["filenames"])
 

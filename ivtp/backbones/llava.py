@@ -16,8 +16,8 @@ from ivtp.backbones import ModelError, replaced
 from ivtp.backbones.clip_vit import ClipVit, sample_number
 from ivtp.backbones.clip_vit import shape as clip_shape
 from ivtp.backbones.companions import guide_for, text_sizes
-from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.llama import Llama
+from ivtp.backbones.shared import SharedVision
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.instruction import pseudo_cls, raters
 from ivtp.pruning.pruner import Plan

@@ -91,8 +91,11 @@ def _nearest(target: float, shape: Shape, measure: Callable[[int], float], what:
 
     # Cost grows with the tokens up to rounding: a coarse look, then everything near the best and at the lower end.
     step = max(1, isqrt(shape.patches))
-    try_all([*range(1, shape.patches, step), shape.patches])
-    if spent:
+    coarse = [*range(1, shape.patches, step), shape.patches]
+    try_all(coarse)
+    if 2 * len(spent) < len(coarse):  # a method that can keep few numbers of tokens, such as grids: ask for each
+        try_all(range(1, shape.patches + 1))
+    elif spent:
         best = min(spent, key=lambda keep: abs(spent[keep] - target))
         for place in (min(spent), best):
             try_all(range(max(1, place - step), min(shape.patches, place + step) + 1))

@@ -19,7 +19,8 @@ def logits(plan, batch, shared=None, truth=None):
 
 def variants():
     """Plans with one vision side, and what happens in the language model of each."""
-    settings = [{"tau": 0.1}, {"tau": 1.0}, {"words": "all"}, {"words": "rt"}, {"reference": "last"}, {"language_score": "random"}]
+    settings = [{"tau": 0.1}, {"tau": 1.0}, {"words": "all"}, {"words": "rt"}, {"reference": "last"}]
+    settings.append({"language_score": "random"})
     return [plan_of("ivtp", llava(), **s) for s in settings]
 
 

@@ -50,7 +50,7 @@ def test_the_command_prints_them(capsys):
 
 
 def test_a_resampler_costs_what_the_paper_prints_for_qwen():
-    plan, spent = resampler(SHAPE, 64)
+    _, spent = resampler(SHAPE, 64)
     assert spent.total / 1e12 == pytest.approx(8.1, abs=0.2)
     assert spent.language == cost(SHAPE, Plan(Pruner((Cut(0, 64),), Chance()))).language
     assert spent.vision == cost(SHAPE, Plan()).vision  # it looks at the whole image

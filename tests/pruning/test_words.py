@@ -43,9 +43,9 @@ def appended(plan):
     from ivtp.pruning.tokens import Tokens
 
     caught, append = [], Tokens.append
-    with patch.object(Tokens, "append", lambda self, x: (caught.append(x), append(self, x))[1]):
-        with ivtp.prune(llava(), plan, instruction=list(TEXTS)) as run:
-            llava()(**inputs())
+    spy = patch.object(Tokens, "append", lambda self, x: (caught.append(x), append(self, x))[1])
+    with spy, ivtp.prune(llava(), plan, instruction=list(TEXTS)) as run:
+        llava()(**inputs())
     return caught[0], run.trace.words
 
 
@@ -87,7 +87,9 @@ def test_only_what_reads_the_text_encoder_pays_for_it():
     assert spent["te"] == spent["te_rt"] > spent["rt"] == spent["all"] > 0
 
 
-@pytest.mark.parametrize("settings", [{"words": "te_r"}, {"split": 1.1}, {"split": 0.5, "vision_keep": 7}, {"language_score": "x"}])
+@pytest.mark.parametrize(
+    "settings", [{"words": "te_r"}, {"split": 1.1}, {"split": 0.5, "vision_keep": 7}, {"language_score": "x"}]
+)
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         plan_of("ivtp", llava(), **settings)
