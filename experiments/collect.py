@@ -69,7 +69,9 @@ def write_claims(folder: Path) -> None:
     rows = ["| " + " | ".join([*HEADS, "experiment"]) + " |", "|---|--:|--:|--:|---|---|"]
     for claim, line in zip(judged, lines(judged), strict=True):
         name = claim["experiment"]
-        rows.append("| " + " | ".join([*(cell.replace("|", "\\|") for cell in line), f"[{name}]({name}/README.md)"]) + " |")
+        rows.append(
+            "| " + " | ".join([*(cell.replace("|", "\\|") for cell in line), f"[{name}]({name}/README.md)"]) + " |"
+        )
     between(folder / "README.md", CLAIMS, "\n".join(rows) + "\n")
 
 

@@ -148,7 +148,9 @@ def tables(found: list[dict], convention: str = "paper") -> list[tuple[str, list
             made.append((title, heads, [[label, *(by[label, text] for text in texts)] for label in labels]))
             continue
         title = f"{model}, {texts[0]} text tokens, {unit} of one prefill"
-        extra = [] if convention == "paper" else list(of_model[0]["conventions"]) if convention == "all" else [convention]
+        extra = (
+            [] if convention == "paper" else list(of_model[0]["conventions"]) if convention == "all" else [convention]
+        )
         papers = any(_printed(r) for r in of_model)
         heads = ["", "asked", "visual tokens", "average", *PARTS, "of unpruned"]
         heads += [*(["the paper's total"] if papers else []), *extra]

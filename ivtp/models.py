@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ivtp.backbones import FAMILIES, ModelError, family, reason
+from ivtp.backbones import FAMILIES, ModelError, family, one_line
 from ivtp.backbones.shared import SharedVision
 from ivtp.pruners import load_pruner
 from ivtp.pruners.sites import part1_layers
@@ -57,7 +57,7 @@ def _from_pretrained(where: str, dtype: str, revision: str | None, attn_implemen
 
     _config(where, revision)
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with _one_line(where):
+    with one_line(where):
         model, info = AutoModelForImageTextToText.from_pretrained(
             where, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
         )
@@ -74,22 +74,11 @@ def _config(where: str, revision: str | None):
     folder = Path(where)
     if folder.is_absolute() or where.startswith(("./", "../")) or folder.exists():
         _check_folder(folder)
-    with _one_line(where):
+    with one_line(where):
         config = AutoConfig.from_pretrained(where, revision=revision)
     if config.model_type not in FAMILIES or not hasattr(config, "text_config"):
         raise ModelError(f"{where} is a {config.model_type!r} model; supported: llava")
     return config
-
-
-@contextmanager
-def _one_line(where: str) -> Iterator[None]:
-    """What a loader raises for a file that is missing, truncated or not what it says, as a ModelError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(reason(where, error)) from error
 
 
 def _clip_inside(where: str) -> str | None:

@@ -120,7 +120,11 @@ def run(arguments: Sequence[str]) -> Path:
             records.append(results, [record])
         current.append(record)
         evaluator.log(record, current)
-    about = {"keys": [record["key"] for record in current], "compare_to": config.compare_to, "question": question(config)}
+    about = {
+        "keys": [record["key"] for record in current],
+        "compare_to": config.compare_to,
+        "question": question(config),
+    }
     from omegaconf import OmegaConf
 
     about |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures", "overlap")}
@@ -340,7 +344,11 @@ class Evaluator:
                 "batch_size": self.config.trainer.batch_size,
                 "shared": bool(self.shared and self.shared.hits > hits),
             }
-            | ({"parts": {part: s / (len(outcomes) - before) for part, s in watch.seconds.items()}} if watch and rate else {}),
+            | (
+                {"parts": {part: s / (len(outcomes) - before) for part, s in watch.seconds.items()}}
+                if watch and rate
+                else {}
+            ),
             **({"counted": self.count(plan)} if self.config.measure else {}),
             **({"words": passing(outcomes, plan.tau)} if plan.reads_clip and plan.words == "te_rt" else {}),
         }

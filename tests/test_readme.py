@@ -49,9 +49,15 @@ def a_llava(tmp_path: Path) -> Path:
     return ivtp.models.ASSETS / "tiny"
 
 
+@pytest.fixture(scope="module")
+def one_folder(tmp_path_factory):
+    """As a reader would, all commands in one folder: what an earlier one has evaluated is there already."""
+    return tmp_path_factory.mktemp("reader")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_runs(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_every_command_runs(command, one_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(one_folder)
     program, _, module, *arguments = shlex.split(command)
     assert program == "python"
     stand_ins = {
@@ -74,8 +80,9 @@ def test_every_command_runs(command, tmp_path, monkeypatch, capsys):
         return
     limit = [] if any(a.startswith("data.limit=") for a in arguments) else ["data.limit=2"]
     assert run(*arguments, "debug=limit", *limit, "logger=none", quick=False) == 0
-    (results,) = tmp_path.rglob("results.jsonl")
-    assert lines(results)
+    output = next((a.partition("=")[2] for a in arguments if a.startswith("output=")), "outputs")
+    assert all(lines(results) for results in (one_folder / output).glob("*/results.jsonl"))
+    assert list((one_folder / output).glob("*/table.md"))
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))

@@ -49,6 +49,17 @@ def reason(where: str, error: Exception) -> str:
 
 
 @contextmanager
+def one_line(where: str) -> Iterator[None]:
+    """What a loader raises for a file that is missing, truncated or not what it says, as a ModelError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
+        raise ModelError(reason(where, error)) from error
+
+
+@contextmanager
 def replaced(module: nn.Module, function: Callable, name: str = "forward") -> Iterator[None]:
     """Give one module instance another forward for as long as the context lasts."""
     before = module.__dict__.get(name)

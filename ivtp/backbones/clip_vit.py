@@ -40,9 +40,7 @@ def spread(tokens: Tokens, grid: tuple[int, int], full: tuple[int, int]) -> Toke
     place = (row[:, None] * columns + column).flatten().expand(len(tokens.x), -1)
     size = torch.full_like(place, rows * columns / place.shape[1], dtype=tokens.size.dtype)
     index = tokens.visual_index
-    return replace(
-        tokens, position=tokens.position.scatter(1, index, place), size=tokens.size.scatter(1, index, size)
-    )
+    return replace(tokens, position=tokens.position.scatter(1, index, place), size=tokens.size.scatter(1, index, size))
 
 
 class ClipVit:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ivtp.backbones import ModelError, reason
+from ivtp.backbones import ModelError, one_line
 from ivtp.backbones.guidance import Guide, TextEncoder, load_text_encoder, text_layers
 from ivtp.pruning.cost import Layers
 
@@ -53,10 +53,8 @@ def guide_for(model: nn.Module) -> Guide:
             "ivtp.load_model(..., text_encoder='folder, hub id or open_clip:NAME@PRETRAINED')"
         )
     if isinstance(companion.text_encoder, str):
-        try:
+        with one_line(companion.text_encoder):
             companion.text_encoder = load_text_encoder(companion.text_encoder, model.device)
-        except Exception as error:  # safetensors and open_clip have errors of their own
-            raise ModelError(reason(companion.text_encoder, error)) from error
     return Guide(companion.processor.tokenizer, companion.text_encoder, model.config.image_token_id)
 
 

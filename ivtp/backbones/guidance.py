@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -68,7 +69,9 @@ class OpenClipText:
     def __init__(self, model: nn.Module, tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         if getattr(model, "attn_mask", None) is None or not hasattr(tokenizer, "byte_decoder"):
-            raise ValueError("this open_clip model has no causal text tower with CLIP's own tokenizer; use another CLIP")
+            raise ValueError(
+                "this open_clip model has no causal text tower with CLIP's own tokenizer; use another CLIP"
+            )
         block = model.transformer.resblocks[0]
         width, heads = block.attn.embed_dim, block.attn.num_heads
         depth, ffn = len(model.transformer.resblocks), block.mlp.c_fc.out_features
@@ -240,13 +243,15 @@ class Guide:
         for count in range(1, len(ids) + 1):
             prefix = self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
             ends.append(max(ends[-1], len(squeeze(prefix.rstrip("\ufffd")))))
-        return text, list(zip(ends, ends[1:], strict=False))
+        return text, list(pairwise(ends))
 
     def _instruction(self, sample: int, batch: int, text: str) -> str:
         instruction = text
         if self.instructions is not None:
             if batch % len(self.instructions):
-                raise ValueError(f"{len(self.instructions)} instructions for {batch} prompts; give one, or one for each")
+                raise ValueError(
+                    f"{len(self.instructions)} instructions for {batch} prompts; give one, or one for each"
+                )
             # Beam search and several return sequences repeat every sample in place.
             instruction = self.instructions[sample * len(self.instructions) // batch]
         if not squeeze(instruction):

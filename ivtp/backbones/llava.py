@@ -100,7 +100,9 @@ class PrunedLlava:
                 )
         for wish in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "mm_encoder_outputs"):
             if unused.get(wish) is not None:
-                raise ValueError(f"{wish} is not read by a pruned forward; set it in the model's config or leave it out")
+                raise ValueError(
+                    f"{wish} is not read by a pruned forward; set it in the model's config or leave it out"
+                )
         if inputs_embeds is not None or input_ids is None:
             raise ValueError("under pruning, give input_ids: the image tokens cannot be found in inputs_embeds")
         if past_key_values is not None and past_key_values.get_seq_length() > 0:

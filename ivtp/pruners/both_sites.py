@@ -14,7 +14,9 @@ from ivtp.pruning.selects import bipartite
 
 
 @register_pruner
-def topk_plus(shape: Shape, keep: int, group: int | str = 3, language_group: int | str = 3, part1: int | None = None) -> Plan:
+def topk_plus(
+    shape: Shape, keep: int, group: int | str = 3, language_group: int | str = 3, part1: int | None = None
+) -> Plan:
     """TopK+ (Table 7 of 10.1007/978-3-031-72643-9_13): TopK in the ViT, then in the first LLM layers by the last token.
 
     Scores     attention of the CLS, then of the last prompt token, in the current layer, mean over heads

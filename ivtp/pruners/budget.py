@@ -12,9 +12,7 @@ from ivtp.registry import UnknownName, UserError, unknown
 KINDS = ("keep", "tflops", "average_tokens", "like", "ratio")
 
 
-def solve(
-    budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Mapping[str, Cost] | None = None
-) -> int:
+def solve(budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Mapping[str, Cost] | None = None) -> int:
     """How many visual tokens stay at the end.
 
     budget  keep: tokens; tflops: per image; average_tokens: visual tokens in a language layer, mean over the layers;
@@ -30,7 +28,9 @@ def solve(
     if kind == "ratio":
         share = fraction(value)
         if not 0 < share <= 1:
-            raise UserError(f"budget.ratio={value} must be above 0 and at most 1: the share of visual tokens that stays")
+            raise UserError(
+                f"budget.ratio={value} must be above 0 and at most 1: the share of visual tokens that stays"
+            )
         return max(1, round(share * shape.patches))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"budget.{kind}={value!r} is not a number")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ivtp import records
 from ivtp.evaluation.statistics import compare
-from ivtp.report import claims, paper
+from ivtp.report import claims, overlap, paper
 from ivtp.report.claims import judge, together
 from ivtp.report.figures import accuracy_cost, kept_tokens
 from ivtp.report.page import write_page
@@ -18,12 +18,13 @@ from ivtp.report.tables import as_markdown, markdown, print_other, print_table
 def report(
     folder: Path, rows: list[dict], compare_to: str | None, data, console, question: str = "", about: dict | None = None
 ) -> None:
-    """Table on the console and in table.md, accuracy_flops.png, kept_tokens.png, report.html in `folder`.
+    """Table on the console and in table.md, accuracy_flops.png, kept_tokens.png, report.html in `folder`, and overlap.png
+    where the experiment asks for it.
 
     Beside them comparisons.json (every paired comparison, with the ids of flipped answers) and claims.json.
 
     data   the data set, for kept_tokens.png; None: that picture is left as it is
-    about  of the experiment: the paper's tables shown beside ours, claims, what the pictures show
+    about  of the experiment: the paper's tables shown beside ours, claims, what the pictures show, overlap
     """
     about = about or {}
     outcomes = {row["label"]: records.read(folder / "outcomes" / f"{row['key']}.jsonl")[0] for row in rows}
@@ -36,7 +37,8 @@ def report(
     records.replace(folder / "comparisons.json", as_json({**comparisons}))
     judged = judge(about.get("claims") or [], outcomes, rows[0]["experiment"])
     records.replace(folder / "claims.json", as_json(judged))
-    others = list(other_tables(folder, rows, judged, about))
+    agreement = list(overlap.overlaps(rows, outcomes, about["overlap"])) if about.get("overlap") is not None else []
+    others = [*other_tables(folder, rows, judged, about), *map(overlap.table, agreement)]
     for other in others:
         print_other(*other[:3], console, *other[3:])
     text = as_markdown(rows, comparisons) + "".join(markdown(*other) for other in others)
@@ -45,8 +47,11 @@ def report(
     accuracy_cost(rows, pictures[0])
     if data is None or not kept_tokens(rows, outcomes, data, pictures[1], about.get("pictures") == "questions"):
         pictures.pop()
+    if overlap.heat_map(agreement, folder / "overlap.png"):
+        pictures.append(folder / "overlap.png")
     pictures.append(write_page(folder, rows, outcomes, comparisons, question, compare_to, others))
-    console.print("Written: " + ", ".join(str(path) for path in [folder / "table.md", *pictures]), highlight=False)
+    written = ", ".join(str(path) for path in [folder / "table.md", *pictures])
+    console.print(f"Written: {written}", soft_wrap=True, highlight=False)
 
 
 def check_paper(names: list[str], rows: list[dict]) -> None:
@@ -65,9 +70,16 @@ def as_json(value: object) -> bytes:
 def other_tables(folder: Path, rows: list[dict], judged: list[dict], about: dict) -> Iterator[tuple]:
     """(title, heads, lines, note) of what stands below the main table, as far as this experiment has it."""
     if judged:
-        yield "What the paper claims", claims.HEADS, claims.lines(judged), "Differences in points, 95 % bootstrap interval."
+        yield (
+            "What the paper claims",
+            claims.HEADS,
+            claims.lines(judged),
+            "Differences in points, 95 % bootstrap interval.",
+        )
     if any(row.get("words") for row in rows):
-        lines = [[r["label"], ", ".join(f"{w} {100 * s:.0f}" for w, s in r["words"]["top"])] for r in rows if r.get("words")]
+        lines = [
+            [r["label"], ", ".join(f"{w} {100 * s:.0f}" for w, s in r["words"]["top"])] for r in rows if r.get("words")
+        ]
         yield "Words that pass, and in how many of the questions that have them (%)", ["", "words"], lines
     if any(row.get("counted") for row in rows):
         yield "Where the cost goes", *parts(rows)
@@ -94,4 +106,8 @@ def parts(rows: list[dict]) -> tuple[list[str], list[list[str]], str]:
             closed, counted = row["counted"]["closed"][name], row["counted"]["counted"][name]
             line.append(f"{closed / 1e6:.4g} / {counted / 1e6:.4g}, {1e3 * seconds.get(name, 0.0):.2f}")
         lines.append(line)
-    return heads, lines, "Scores are counted as they run here, without forming a map; the table above takes maps as given."
+    return (
+        heads,
+        lines,
+        "Scores are counted as they run here, without forming a map; the table above takes maps as given.",
+    )

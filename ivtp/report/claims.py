@@ -19,7 +19,9 @@ def together(rows: list[dict], outcomes: dict[str, list[dict]]) -> tuple[list[di
         speed = group[0]["speed"] | {"questions_per_second": sum(rates) / len(rates) if rates else None}
         metrics = spread([row["metrics"] for row in group])
         series = group[0].get("series", label)
-        merged.append(group[0] | {"label": label, "series": series, "metrics": metrics, "speed": speed, "seeds": len(group)})
+        merged.append(
+            group[0] | {"label": label, "series": series, "metrics": metrics, "speed": speed, "seeds": len(group)}
+        )
     found = {}
     for row in merged:
         group = members[row["label"]]
@@ -59,7 +61,7 @@ def judge(claims: list[dict], outcomes: dict[str, list[dict]], experiment: str) 
 
 
 def interval(comparison: dict) -> str:
-    """"+2.1 [+0.4, +3.9]", in points."""
+    """ "+2.1 [+0.4, +3.9]", in points."""
     low, high = comparison["interval"]
     between = "" if low is None or low != low else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
     return f"{100 * comparison['difference']:+.1f}{between}"

@@ -18,10 +18,10 @@ MARKERS = "osD^vP*Xh<>"
 
 def accuracy_cost(rows: list[dict], path: Path) -> None:
     """Accuracy with its standard error against FLOPs: one line per series, from its cheapest row to its dearest."""
-    figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
     series: dict[str, list[dict]] = {}
     for row in rows:
         series.setdefault(row.get("series", row["label"]), []).append(row)
+    figure, axes = plt.subplots(figsize=(8.5, max(4.6, 0.19 * len(series))), layout="constrained")
     for i, (name, members) in enumerate(series.items()):
         members = sorted(members, key=lambda row: row["tflops"]["total"])
         axes.errorbar(
@@ -65,9 +65,7 @@ def overlay(image: np.ndarray, kept: list[int], patches: int, asked: np.ndarray 
     return large.clip(0, 255).astype(np.uint8)
 
 
-def kept_tokens(
-    rows: list[dict], outcomes: dict, data, path: Path, one_image: bool = False, samples: int = 5
-) -> bool:
+def kept_tokens(rows: list[dict], outcomes: dict, data, path: Path, one_image: bool = False, samples: int = 5) -> bool:
     """One line of pictures per row that cuts tokens: what the last cut left, the asked objects framed in white.
 
     False where no row kept a record of its tokens. Rows that choose at random, and those of later sections, are left out.

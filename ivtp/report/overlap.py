@@ -67,7 +67,12 @@ def table(overlap: Overlap) -> tuple[str, list[str], list[list[str]], str]:
         "Mean over questions of |A ∩ B| / |A ∪ B|, in %, of the patches that are left at the end; a merged token counts as "
         f"where it stands. Two choices by chance: about {100 * overlap.chance:.0f}. Of several seeds the first is shown."
     )
-    return f"Overlap of kept tokens, {overlap.tokens} of {overlap.patches}", ["", "most like", *overlap.names], lines, note
+    return (
+        f"Overlap of kept tokens, {overlap.tokens} of {overlap.patches}",
+        ["", "most like", *overlap.names],
+        lines,
+        note,
+    )
 
 
 def heat_map(found: list[Overlap], path: Path) -> bool:
@@ -84,7 +89,9 @@ def heat_map(found: list[Overlap], path: Path) -> bool:
         order = together(overlap.mean)
         names = [plain(overlap.names[i]) for i in order]
         image = axes.imshow(100 * overlap.mean[np.ix_(order, order)], vmin=0, vmax=100, cmap="viridis")
-        axes.set_title(f"{overlap.tokens} of {overlap.patches} tokens (chance: about {100 * overlap.chance:.0f} %)", fontsize=9)
+        axes.set_title(
+            f"{overlap.tokens} of {overlap.patches} tokens (chance: about {100 * overlap.chance:.0f} %)", fontsize=9
+        )
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
     figure.colorbar(image, ax=line[0], label="overlap of kept tokens (Jaccard, %)", shrink=0.8)

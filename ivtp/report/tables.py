@@ -13,7 +13,7 @@ from ivtp.report.claims import interval
 
 
 def percent(metric: dict, errors: bool = True) -> str:
-    """"71.2 ± 1.0" of a metric with mean and standard error; "–" where there is nothing to average."""
+    """ "71.2 ± 1.0" of a metric with mean and standard error; "–" where there is nothing to average."""
     if not metric["n"]:
         return "–"
     if metric.get("sd") is not None:
@@ -23,7 +23,7 @@ def percent(metric: dict, errors: bool = True) -> str:
 
 
 def compared(comparison: dict) -> str:
-    """"-3.1 [-4.7, -1.5] (p=0.002)" of a paired comparison; no p where a row is a mean over seeds."""
+    """ "-3.1 [-4.7, -1.5] (p=0.002)" of a paired comparison; no p where a row is a mean over seeds."""
     if comparison["se"] is None or comparison["n"] == 0:
         return "–"
     p = comparison["p"]
@@ -46,7 +46,11 @@ def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str],
     heads = ["", "asked", "tokens", "average tokens", "GFLOPs", "of unpruned"]
     heads += [family.removeprefix("accuracy/") for family in families]
     heads += ["accuracy", *(f"− {other}" for other in against), "agrees", "acc_early", "hit", "share"]
-    heads += ["questions/s", *(["words", "no word"] if words else []), *(["paper: drop", "paper: cost"] if papers else [])]
+    heads += [
+        "questions/s",
+        *(["words", "no word"] if words else []),
+        *(["paper: drop", "paper: cost"] if papers else []),
+    ]
 
     def body() -> Iterator[list[str]]:
         whole = rows[0]["tflops"]["total"]
@@ -95,13 +99,20 @@ def print_table(rows: list[dict], comparisons: dict, console: Console) -> None:
             section = row["section"]
         table.add_row(*line)
     if not console.is_terminal:  # a pipe has no width, and wrapped cells cannot be read
-        console = Console(file=console.file, width=console.measure(table, options=console.options.update(width=1000)).maximum)
+        console = Console(
+            file=console.file, width=console.measure(table, options=console.options.update(width=1000)).maximum
+        )
     console.print(table)
 
 
 def as_markdown(rows: list[dict], comparisons: dict) -> str:
     heads, body = cells(rows, comparisons, errors=True)
-    lines = [f"# {rows[0]['experiment']}", "", "| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    lines = [
+        f"# {rows[0]['experiment']}",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|---" + "|--:" * (len(heads) - 1) + "|",
+    ]
     section = None
     for row, line in zip(rows, body, strict=True):
         if row["section"] != section and row["section"]:
@@ -130,5 +141,7 @@ def print_other(title: str, heads: list[str], lines: list[list[str]], console: C
     for line in lines:
         table.add_row(*line)
     if not console.is_terminal:
-        console = Console(file=console.file, width=console.measure(table, options=console.options.update(width=1000)).maximum)
+        console = Console(
+            file=console.file, width=console.measure(table, options=console.options.update(width=1000)).maximum
+        )
     console.print(table)

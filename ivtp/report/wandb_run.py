@@ -19,7 +19,7 @@ CONFIG = (
 
 
 def mode() -> str:
-    """"online" where someone is logged in, unless WANDB_MODE says otherwise; else "offline"."""
+    """ "online" where someone is logged in, unless WANDB_MODE says otherwise; else "offline"."""
     import wandb
 
     if os.environ.get("WANDB_MODE"):

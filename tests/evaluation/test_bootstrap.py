@@ -91,7 +91,10 @@ def test_seeds_are_drawn_together_sample_by_sample():
 
 def test_agreement_of_seeds_is_over_all_pairs():
     assert agree({"prediction": "a"}, {"prediction": "a"}) == 1
-    assert agree({"prediction": "a", "predictions": ["a", "b"]}, {"prediction": "a", "predictions": ["a", "a", "b"]}) == 0.5
+    assert (
+        agree({"prediction": "a", "predictions": ["a", "b"]}, {"prediction": "a", "predictions": ["a", "a", "b"]})
+        == 0.5
+    )
 
 
 def test_the_spread_between_seeds_is_the_sample_standard_deviation():
@@ -129,7 +132,10 @@ def test_a_claim_holds_only_where_its_interval_leaves_out_zero(interval, said):
 def test_claims_are_judged_in_the_direction_in_which_they_are_made():
     good = [outcome(i, True) for i in range(30)]
     bad = [outcome(i, i % 3 == 0) for i in range(30)]
-    claims = [{"claim": "x", "rows": ["good", "bad"], "paper": 2.0}, {"claim": "y", "rows": ["bad", "good"], "paper": None}]
+    claims = [
+        {"claim": "x", "rows": ["good", "bad"], "paper": 2.0},
+        {"claim": "y", "rows": ["bad", "good"], "paper": None},
+    ]
     first, second = judge(claims, {"good": good, "bad": bad}, "table1")
     assert (first["agrees"], second["agrees"]) == ("yes", "no")
     assert first["difference"] == pytest.approx(2 / 3) == -second["difference"]
@@ -143,5 +149,10 @@ def test_words_that_pass_are_counted_per_question_and_per_word():
         outcome(3, True, words=None),
     ]
     found = passing(said, 0.2)
-    assert found == {"passing": pytest.approx(2 / 3), "none": pytest.approx(1 / 3), "n": 3, "top": [["red", 0.5], ["is", 1 / 3]]}
+    assert found == {
+        "passing": pytest.approx(2 / 3),
+        "none": pytest.approx(1 / 3),
+        "n": 3,
+        "top": [["red", 0.5], ["is", 1 / 3]],
+    }
     assert passing(said, -1)["none"] == 0 and passing(said, 1)["passing"] == 0

@@ -140,7 +140,11 @@ def test_seeds_make_rows_that_differ_in_nothing_but_the_seed():
     found = list(variants(composed({"label": "chance", "pruner": "random", "seeds": 3})))
     assert [row["pruner"]["seed"] for row in found] == [0, 1, 2]
     assert [row["seeds_of"] for row in found] == ["chance"] * 3 and len({row["label"] for row in found}) == 3
-    for wrong in ({"pruner": "topk", "seeds": 3}, {"pruner": "random", "seeds": 0}, {"pruner": "random", "seeds": True}):
+    for wrong in (
+        {"pruner": "topk", "seeds": 3},
+        {"pruner": "random", "seeds": 0},
+        {"pruner": "random", "seeds": True},
+    ):
         with pytest.raises(ConfigError, match="seeds"):
             list(variants(composed({"label": "x", **wrong})))
 

@@ -29,7 +29,9 @@ def test_the_published_number_of_the_unpruned_model(name, published):
 
 def test_cuts_count_where_they_are():
     chance = Chance()
-    plan = Plan(Pruner((Cut(3, 200),), chance), Pruner((Cut(-1, 150, "block"), Cut(1, 100, "block"), Cut(20, 40)), chance))
+    plan = Plan(
+        Pruner((Cut(3, 200),), chance), Pruner((Cut(-1, 150, "block"), Cut(1, 100, "block"), Cut(20, 40)), chance)
+    )
     counts = [150, 150, *[100] * 19]
     between = 4 * 100 * 4096**2 + 2 * 100**2 * 4096 + 3 * 40 * 4096 * 11008  # layer 20 loses tokens before its FFN
     expected = formula(counts[:-1], 3) + between + formula([40] * 11, 3)
