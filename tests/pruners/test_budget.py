@@ -15,7 +15,7 @@ SHAPE = Shape(VIT, 576, 588, projector_in=1024, language=LLM, vocabulary=32000)
 SMALL = Shape(
     Layers(13, 16, 32, 2, 2, 8, 2), 144, 48, projector_in=16, language=Layers(8, 16, 40, 2, 2, 8, 3), vocabulary=50
 )
-METHODS = ["ivtp", "topk", "fastv", "tome", "evit", "tome_plus"]
+METHODS = ["ivtp", "topk", "fastv", "tome", "evit", "tome_plus", "downsample"]
 
 
 def spending(name, shape=SHAPE):
