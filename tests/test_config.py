@@ -31,7 +31,7 @@ def test_every_yaml_composes_and_its_rows_can_be_planned(path):
     assert [row.label for row in planned] == [row["label"] for row in rows]
     assert all(row.cost.total > 0 for row in planned)
     if config.compare_to is not None:
-        assert config.compare_to in {row.label for row in planned}
+        assert config.compare_to in {row.seeds_of or row.label for row in planned}
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=str)
