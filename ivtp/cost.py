@@ -13,9 +13,9 @@ All other arguments are those of `ivtp.run`: model, pruner and its settings, bud
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 
+from ivtp.command import command
 from ivtp.registry import UnknownName, UserError, unknown
 
 OWN = {"text": [512], "instruction": None, "streamed": False, "convention": "paper", "json": False}
@@ -23,17 +23,12 @@ PARTS = ("vision", "projector", "language", "extra", "total")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if any(a in ("-h", "--help") for a in arguments):
-        print(__doc__.strip())
-        return 0
-    try:
-        own, others = _own(arguments)
-        print(report(others, **own))
-    except UserError as error:
-        print(f"ivtp: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(arguments, lambda: __doc__, _print)
+
+
+def _print(arguments: list[str]) -> None:
+    own, others = _own(arguments)
+    print(report(others, **own))
 
 
 def _own(arguments: Sequence[str]) -> tuple[dict, list[str]]:

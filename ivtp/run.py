@@ -9,13 +9,13 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from ivtp.command import command
 from ivtp.registry import UserError
 
 VERSIONED = ("torch", "transformers", "lightning", "timm", "open_clip_torch")
@@ -23,30 +23,9 @@ VERSIONED = ("torch", "transformers", "lightning", "timm", "open_clip_torch")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the arguments ask for; 0: done, 2: the request cannot be met (one line on standard error)."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
-    try:
-        if any(a in ("-h", "--help") for a in arguments):
-            print(usage())
-            return 0
-        run(arguments)
-    except UserError as error:
-        print(f"ivtp: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        # Of a disk that is full or gone while a library writes; what was finished before is on it already.
-        where = f" {error.filename}" if error.filename else ""
-        print(
-            f"ivtp: cannot read or write{where}: {error.strerror or error}; make room or choose another folder with "
-            "output=FOLDER; the same command goes on from here",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return command(arguments, usage, run)
 
 
 def usage() -> str:

@@ -5,26 +5,21 @@ It needs the folder alone: no model, no data, no network."""
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ivtp.command import command
 from ivtp.registry import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if any(a in ("-h", "--help") for a in arguments):
-        print(__doc__.strip())
-        return 0
-    try:
-        if len(arguments) != 1:
-            raise UserError("give one folder of results, as in: python -m ivtp.report outputs/table1")
-        write(Path(arguments[0]))
-    except UserError as error:
-        print(f"ivtp: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(arguments, lambda: __doc__, _write)
+
+
+def _write(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise UserError("give one folder of results, as in: python -m ivtp.report outputs/table1")
+    write(Path(arguments[0]))
 
 
 def write(folder: Path) -> None:

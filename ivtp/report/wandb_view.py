@@ -7,24 +7,15 @@ a login (`wandb login`); run once per project, runs that come later appear in it
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+from ivtp.command import command
 from ivtp.data.scenes import FAMILIES
 from ivtp.registry import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if any(a in ("-h", "--help") for a in arguments):
-        print(__doc__.strip())
-        return 0
-    try:
-        print(save(workspace(*parse(arguments))))
-    except UserError as error:
-        print(f"ivtp: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(arguments, lambda: __doc__, lambda given: print(save(workspace(*parse(given)))))
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, str, str | None]:

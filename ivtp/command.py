@@ -1,0 +1,37 @@
+"""How every command of the package ends: 0 done, 2 a request that cannot be met, said in one line on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from ivtp.registry import UserError
+
+
+def command(arguments: Sequence[str] | None, usage: Callable[[], str], work: Callable[[list[str]], object]) -> int:
+    """Print the usage where it is asked for, else do the work; the exit status.
+
+    arguments  None: those of the process
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if any(argument in ("-h", "--help") for argument in given):
+            print(usage().strip())
+        else:
+            work(given)
+    except UserError as error:
+        print(f"ivtp: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # Of a disk that is full or gone while a library writes; what was finished before is on it already.
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"ivtp: cannot read or write{where}: {error.strerror or error}; make room or choose another folder with "
+            "output=FOLDER; the same command goes on from here",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
