@@ -274,9 +274,14 @@ def load_text_encoder(source: str, device: str | torch.device = "cpu", revision:
         return OpenClipText(model.eval().to(device), open_clip.get_tokenizer(name))
     from safetensors import safe_open
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
-    from transformers.utils import cached_file
+    from transformers.utils import cached_file, logging
 
-    model = CLIPTextModelWithProjection.from_pretrained(source, revision=revision, use_safetensors=True).eval()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the other half of the CLIP is left out on purpose: no report of unread keys
+    try:
+        model = CLIPTextModelWithProjection.from_pretrained(source, revision=revision, use_safetensors=True).eval()
+    finally:
+        logging.set_verbosity(verbosity)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     with safe_open(Path(cached_file(source, "model.safetensors", revision=revision)), "pt") as weights:
         projection = weights.get_tensor("visual_projection.weight")
