@@ -1,0 +1,151 @@
+"""Carries out the rows of a run: `Trainer.test`, outcomes on disk as they come, records, Weights & Biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning import Trainer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ivtp import records
+from ivtp.backbones.shared import SharedVision, vision_side
+from ivtp.build import shape_of
+from ivtp.evaluation.answer import Answer
+from ivtp.evaluation.speed import Stopwatch, count
+from ivtp.evaluation.statistics import passing, summary
+from ivtp.pruning.cost import cost
+from ivtp.report.wandb_run import log_row
+
+
+class Evaluator:
+    """Runs rows through `Trainer.test`, keeps their per-sample outcomes in files, and logs them."""
+
+    def __init__(self, model, processor, data, config, folder: Path, console, watch=frozenset()) -> None:
+        self.model, self.processor, self.data, self.config = model, processor, data, config
+        self.folder, self.console, self.watch = folder, console, watch
+
+        self.shared = None
+        if config.trainer.share_mib and not config.measure:
+            self.shared = SharedVision(config.trainer.share_mib << 20)
+        self.outcomes: dict[str, list[dict]] = {}
+
+    def share(self, rows: list) -> None:
+        """Keep of the vision side what this row and later ones need; a row that shares with none keeps nothing."""
+        if self.shared is not None:
+            self.shared.keep_for([row.plan for row in rows])
+            later = [vision_side(row.plan) for row in rows[1:]]
+            self.shared.open = vision_side(rows[0].plan) in later
+
+    def outcome_file(self, key: str) -> Path:
+        return self.folder / "outcomes" / f"{key}.jsonl"
+
+    def read(self, key: str) -> list[dict]:
+        if key not in self.outcomes:
+            self.outcomes[key] = records.read(self.outcome_file(key))[0]
+        return self.outcomes[key]
+
+    def evaluate(self, key: str, row, title: str) -> dict:
+        """The record of one row; goes on after the samples that an earlier, stopped run has answered."""
+        path = self.outcome_file(key)
+        outcomes = self.read(key)
+        self.data.done = {outcome["id"] for outcome in outcomes}
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+            task = progress.add_task(title, total=len(self.data.data), completed=len(outcomes))
+
+            def record(new: list[dict]) -> None:
+                records.append(path, new)
+                outcomes.extend(new)
+                progress.update(task, completed=len(outcomes))
+
+            watch = self.stopwatch()
+            more = {"shared": self.shared} | ({"part": watch} if watch else {})
+            module = Answer(
+                self.model, self.processor, row.plan, record, self.config.data.max_new_tokens, self.watch, **more
+            )
+            hits = self.shared.hits if self.shared else 0
+            before = len(outcomes)
+            if before < len(self.data.data):
+                accelerator = "cpu" if self.model.device.type == "cpu" else "gpu"
+                trainer = Trainer(
+                    accelerator=accelerator,
+                    devices=1,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                )
+                trainer.test(module, datamodule=self.data, verbose=False)
+        metrics = summary(outcomes)
+        rate = (len(outcomes) - before) / module.seconds if module.seconds else None
+        accuracy = metrics["accuracy"]
+        error = "" if accuracy["se"] != accuracy["se"] else f" ± {100 * accuracy['se']:.1f}"
+        speed = f", {rate:.0f} questions/s" if rate else ""
+        self.console.print(
+            f"{title}: {100 * accuracy['mean']:.1f}{error} %, {row.cost.total / 1e9:.4g} GFLOPs{speed}", soft_wrap=True
+        )
+        plan = row.plan
+        return {
+            "key": key,
+            "label": row.label,
+            "series": row.series,
+            "section": row.section,
+            "pruner": row.pruner,
+            "budget": row.budget,
+            "position_ids": row.position_ids,
+            "paper": row.paper,
+            "seeds_of": row.seeds_of,
+            "tokens": list(row.cost.tokens),
+            "average_tokens": row.cost.average_tokens,
+            "cuts": {
+                site: [[cut.layer, cut.keep, cut.after] for cut in pruner.schedule] if pruner else []
+                for site, pruner in (("vision", plan.vision), ("language", plan.language))
+            },
+            "tflops": row.cost.tflops(),
+            "metrics": metrics,
+            "speed": {
+                "questions_per_second": rate,
+                "batch_size": self.config.trainer.batch_size,
+                "shared": bool(self.shared and self.shared.hits > hits),
+            }
+            | (
+                {"parts": {part: s / (len(outcomes) - before) for part, s in watch.seconds.items()}}
+                if watch and rate
+                else {}
+            ),
+            **({"counted": self.count(plan)} if self.config.measure else {}),
+            **({"words": passing(outcomes, plan.tau)} if plan.reads_clip and plan.words == "te_rt" else {}),
+        }
+
+    def stopwatch(self):
+        """Takes the time of each part, where the experiment measures."""
+        if not self.config.measure:
+            return None
+
+        return Stopwatch(torch.cuda.synchronize) if self.model.device.type == "cuda" else Stopwatch()
+
+    def count(self, plan) -> dict:
+        """FLOPs of one prefill of the first sample: as torch counts the executed ones, and in closed form."""
+        batch = self.data.collate([self.data.data[0]])
+        question = batch.samples[0]["question"]
+        shape = shape_of(self.model)
+        words = batch.inputs["input_ids"].shape[1] - shape.patches
+        read = len(self.processor.tokenizer(question, add_special_tokens=False)["input_ids"]) + 2
+        closed = cost(shape, plan, words, read, streamed=True)
+        parts = ("vision", "projector", "text_encoder", "language", "pruner", "total")
+        inputs = {name: value.to(self.model.device) for name, value in batch.inputs.items()}
+        counted = count(self.model, plan, inputs, question)
+        return {"counted": counted, "closed": {part: getattr(closed, part) for part in parts}}
+
+    def log(self, record: dict, current: list[dict]) -> None:
+        """One W&B run per row; what was logged once is not logged again by a run that goes on."""
+        if self.config.logger.name == "none":
+            return
+        marker = self.folder / "wandb-logged" / record["key"]
+        if marker.exists():
+            return
+
+        log_row(self.config, self.folder, record, self.read(record["key"]), self.read(current[0]["key"]), self.data)
+        records.replace(marker, b"")
