@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,16 +133,6 @@ def plan_rows(rows: list[dict], shape: Shape, text: int, instruction: int) -> li
         pruner = row["pruner"] | ({} if keep is None else {"keep": keep})
         planned[row["label"]] = Row(**{**row, "pruner": pruner}, plan=plan, cost=spent)
     return list(planned.values())
-
-
-def data_hash(data: QuestionData) -> str:
-    """A hash of every sample: id, question, answer, pixels, asked patches."""
-    digest = hashlib.sha256()
-    for sample in data.samples():
-        digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
-        digest.update(sample["image"].tobytes())
-        digest.update(sample["patches"].numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def model_identity(config: DictConfig, model) -> dict:

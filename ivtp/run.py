@@ -67,11 +67,11 @@ def run(arguments: Sequence[str]) -> Path:
     model, processor = build.build_model(config, device)
     shape = build.shape_of(model)
     data = build.build_data(config, processor, shape, config.trainer.batch_size)
-    text, instruction = prompt_lengths(data, processor, config.model.prompt)
+    text, instruction = prompt_lengths(data.survey.questions, processor, config.model.prompt)
     planned = build.plan_rows(rows, shape, text, instruction)
     identity = {
         "model": build.model_identity(config, model),
-        "data": dict(config.data) | {"hash": build.data_hash(data)},
+        "data": dict(config.data) | {"hash": data.survey.hash},
         "prompt": config.model.prompt,
         "text_encoder": config.model.text_encoder,
         "code": records.code_version(),
@@ -101,16 +101,16 @@ def run(arguments: Sequence[str]) -> Path:
             records.append(results, [record])
         current.append(record)
         evaluator.log(record, current)
-    about = {
+    experiment = {
         "keys": [record["key"] for record in current],
         "compare_to": config.compare_to,
         "question": question(config),
     }
     from omegaconf import OmegaConf
 
-    about |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures", "overlap")}
-    records.replace(folder / "experiment.json", json.dumps(about, ensure_ascii=False).encode())
-    report(folder, current, config.compare_to, data.data, Console(), about["question"], about)
+    experiment |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures", "overlap")}
+    records.replace(folder / "experiment.json", json.dumps(experiment, ensure_ascii=False).encode())
+    report(folder, current, config.compare_to, data.data, Console(), experiment["question"], experiment)
     return folder
 
 
@@ -188,9 +188,8 @@ def pick_device(config) -> str:
     return device
 
 
-def prompt_lengths(data, processor, prompt: str) -> tuple[int, int]:
+def prompt_lengths(questions: Sequence[str], processor, prompt: str) -> tuple[int, int]:
     """Mean tokens of a prompt without its image, and of an instruction with the text encoder's two marks."""
-    questions = [sample["question"] for sample in data.samples()]
     texts = [prompt.replace("{question}", question) for question in questions]
     around = [len(ids) - 1 for ids in processor.tokenizer(texts)["input_ids"]]
     alone = [len(ids) + 2 for ids in processor.tokenizer(questions, add_special_tokens=False)["input_ids"]]

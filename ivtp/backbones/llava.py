@@ -178,7 +178,7 @@ class PrunedLlava:
         """Where the image tokens of each prompt stand, "b v"."""
         image = input_ids == self.config.image_token_id
         counts = image.sum(1)
-        expected = clip_shape(self.config.vision_config).patches
+        expected = self._patches
         for sample, count in enumerate(counts.tolist()):
             if count != expected:
                 raise ValueError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import lightning as L
 from torch import Tensor
@@ -42,6 +45,15 @@ class Collate:
         return Batch(dict(inputs), samples)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a run has to know of all samples before the first; `hash` covers ids, texts, pixels and asked patches."""
+
+    ids: list[str]
+    questions: list[str]
+    hash: str
+
+
 class QuestionData(L.LightningDataModule):
     """A data set for testing; `done` holds ids that have their outcome already."""
 
@@ -55,6 +67,18 @@ class QuestionData(L.LightningDataModule):
         self.collate, self.batch_size = collate, batch_size
         self.done: Collection[str] = ()
 
+    @cached_property
+    def survey(self) -> Survey:
+        """Every sample looked at once: opening its image may be the dearest part of a start."""
+        ids, questions, digest = [], [], hashlib.sha256()
+        for sample in self.samples():
+            ids.append(sample["id"])
+            questions.append(sample["question"])
+            digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
+            digest.update(sample["image"].tobytes())
+            digest.update(sample["patches"].numpy().tobytes())
+        return Survey(ids, questions, digest.hexdigest()[:16])
+
     def samples(self) -> Iterator[dict]:
         """All samples, done or not."""
         return (self.data[i] for i in range(len(self.data)))
@@ -62,7 +86,7 @@ class QuestionData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         data = self.data
         if self.done:
-            data = Subset(data, [i for i in range(len(data)) if data[i]["id"] not in self.done])
+            data = Subset(data, [i for i, name in enumerate(self.survey.ids) if name not in self.done])
         return DataLoader(data, batch_size=self.batch_size, collate_fn=self.collate)
 
     def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:

@@ -98,11 +98,7 @@ def print_table(rows: list[dict], comparisons: dict, console: Console) -> None:
             table.add_section()
             section = row["section"]
         table.add_row(*line)
-    if not console.is_terminal:  # a pipe has no width, and wrapped cells cannot be read
-        console = Console(
-            file=console.file, width=console.measure(table, options=console.options.update(width=1000)).maximum
-        )
-    console.print(table)
+    show(table, console)
 
 
 def as_markdown(rows: list[dict], comparisons: dict) -> str:
@@ -140,8 +136,12 @@ def print_other(title: str, heads: list[str], lines: list[list[str]], console: C
         table.add_column(head, justify="left" if i == 0 else "right", overflow="fold", max_width=60)
     for line in lines:
         table.add_row(*line)
+    show(table, console)
+
+
+def show(table: Table, console: Console) -> None:
+    """Print a table; to a pipe, which has no width, as wide as it is, since wrapped cells cannot be read."""
     if not console.is_terminal:
-        console = Console(
-            file=console.file, width=console.measure(table, options=console.options.update(width=1000)).maximum
-        )
+        width = console.measure(table, options=console.options.update(width=1000)).maximum
+        console = Console(file=console.file, width=width)
     console.print(table)
