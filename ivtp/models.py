@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ivtp.backbones import FAMILIES, ModelError, family, one_line
 from ivtp.backbones.shared import SharedVision
-from ivtp.pruners import load_pruner
+from ivtp.pruners.planner import Fixed, Planner
 from ivtp.pruners.sites import part1_layers
 from ivtp.pruning.cost import Shape
 from ivtp.pruning.pruner import Plan
@@ -137,10 +137,17 @@ def prune(
     Yields a run whose `trace` tells which tokens each cut of the last prefill kept. On exit, by an exception too, the
     model is what it was before.
     """
-    plan = load_pruner(pruner, shape_of(model), **settings) if isinstance(pruner, str) else pruner
-    read_at = part1_layers(shape_of(model)) if read_early else 0
+    shape = shape_of(model)
+    if isinstance(pruner, str):
+        pruner = Planner(pruner, shape, settings)
+    elif isinstance(pruner, Plan):
+        pruner = Fixed(pruner)
+    plan = pruner.plan
+    read_at = part1_layers(shape) if read_early else 0
     if plan.language is not None and read_early:
         read_at = plan.part1 or read_at
     more = {name: value for name, value in (("shared", shared), ("truth", truth)) if value is not None}
-    with family(model).prune(model, plan, instruction, read_at, part, **more) as run:
+    # A tower alone has one size of images; a model that reads several asks for a plan for each.
+    given = plan if shape.language is None else pruner
+    with family(model).prune(model, given, instruction, read_at, part, **more) as run:
         yield run

@@ -157,6 +157,9 @@ def encode_chunks(
     return [torch.cat(parts) for parts in found]
 
 
+Of = tuple[Sequence[int], int]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The text tokens of one prompt: places in the sequence, ids, letters of the instruction they spell."""
@@ -178,10 +181,15 @@ class Guide:
         self.ignored = {image_token_id, *tokenizer.all_special_ids}
         self.instructions: Sequence[str] | None = None
 
-    def __call__(self, input_ids: Tensor, valid: Tensor, cls: Tensor) -> tuple[Tensor, list[list[tuple[str, float]]]]:
-        """Relevance "b n" (-inf where a token is not part of the instruction), and per sample (token, relevance)."""
+    def __call__(
+        self, input_ids: Tensor, valid: Tensor, cls: Tensor, of: Of | None = None
+    ) -> tuple[Tensor, list[list[tuple[str, float]]]]:
+        """Relevance "b n" (-inf where a token is not part of the instruction), and per sample (token, relevance).
+
+        of  which prompts of a larger batch these are, and how many it has; here and below
+        """
         joint = self.encoder.project(cls)
-        prompts = [self._read(sample, row, valid) for sample, row in enumerate(input_ids)]
+        prompts = self._prompts(input_ids, valid, of)
         texts = list(dict.fromkeys(prompt.instruction for prompt in prompts))
         spelled = dict(zip(texts, self.encoder.encode(texts), strict=True))
         scores = torch.full(input_ids.shape, float("-inf"), device=input_ids.device)
@@ -194,13 +202,12 @@ class Guide:
         return scores, words
 
     def spelled_out(
-        self, input_ids: Tensor, valid: Tensor, fit: Tensor
+        self, input_ids: Tensor, valid: Tensor, fit: Tensor, of: Of | None = None
     ) -> tuple[Tensor, list[list[tuple[str, float]]]]:
         """The same of a fit "b n" that needs no text encoder: -inf where a token is not part of the instruction."""
         scores = torch.full_like(fit, float("-inf"))
         words = []
-        for sample, row in enumerate(input_ids):
-            prompt = self._read(sample, row, valid)
+        for sample, prompt in enumerate(self._prompts(input_ids, valid, of)):
             length = len(squeeze(prompt.instruction))
             said = [max(start, 0) < min(end, length) for start, end in prompt.spans]
             places = torch.tensor([p for p, s in zip(prompt.places, said, strict=True) if s], device=fit.device)
@@ -209,11 +216,11 @@ class Guide:
             words.append([(self.tokenizer.decode([i]), c) for i, c in zip(prompt.ids, found, strict=True)])
         return scores, words
 
-    def fit(self, input_ids: Tensor, valid: Tensor, patches: Tensor) -> Tensor:
+    def fit(self, input_ids: Tensor, valid: Tensor, patches: Tensor, of: Of | None = None) -> Tensor:
         """Cosine "b v" of every patch (after the tower's last norm, "b v d") with its prompt's instruction as a whole,
         mean over the chunks of a long one."""
         joint = self.encoder.project(patches)
-        texts = [self._read(sample, row, valid).instruction for sample, row in enumerate(input_ids)]
+        texts = [prompt.instruction for prompt in self._prompts(input_ids, valid, of)]
         different = list(dict.fromkeys(texts))
         embedded = dict(zip(different, self.encoder.embed(different), strict=True))
         fits = [
@@ -222,13 +229,17 @@ class Guide:
         ]
         return torch.stack(fits)
 
-    def _read(self, sample: int, row: Tensor, valid: Tensor) -> Prompt:
+    def _prompts(self, input_ids: Tensor, valid: Tensor, of: Of | None) -> list[Prompt]:
+        numbers, batch = of or (range(len(input_ids)), len(input_ids))
+        rows = zip(numbers, input_ids.tolist(), valid.tolist(), strict=True)
+        return [self._read(number, batch, row, real) for number, row, real in rows]
+
+    def _read(self, sample: int, batch: int, row: list[int], real: list[bool]) -> Prompt:
         """What one prompt says, where each of its tokens stands, and which letters of the instruction it spells."""
-        keep = [(i, t) for i, (t, v) in enumerate(zip(row.tolist(), valid[sample].tolist(), strict=True)) if v]
-        keep = [(i, t) for i, t in keep if t not in self.ignored]
+        keep = [(i, t) for i, (t, v) in enumerate(zip(row, real, strict=True)) if v and t not in self.ignored]
         ids = [t for _, t in keep]
         text, spans = self._spell(ids)
-        instruction = self._instruction(sample, len(valid), text)
+        instruction = self._instruction(sample, batch, text)
         shift = squeeze(text).rfind(squeeze(instruction))
         return Prompt([i for i, _ in keep], ids, [(start - shift, end - shift) for start, end in spans], instruction)
 

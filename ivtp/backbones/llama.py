@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ class Llama:
     earlier   for every layer "b m": which of the keys in the cache may be seen; empty before the prefill
     part1     after this many leading layers `on_part1` is called; it may take the appended reference token away
     renumber  positions close up over pruned tokens instead of staying what they were
-    origin    "b 1", what is added to a token's position to get its RoPE position
+    rope      from tokens' positions "b n" to what the rotary embedding takes: "b n", or "3 b n" for M-RoPE
     """
 
     def __init__(
@@ -27,7 +29,7 @@ class Llama:
         cache=None,
         earlier: list[Tensor] | None = None,
         renumber: bool = False,
-        origin: Tensor | int = 0,
+        rope: Callable[[Tensor], Tensor] = lambda position: position,
     ) -> None:
         self.decoder = decoder
         self.layers = decoder.layers[: decoder.config.num_hidden_layers]
@@ -35,7 +37,7 @@ class Llama:
         self.cache = cache
         self.earlier = earlier or []
         self.valid: list[Tensor] = []
-        self.renumber, self.origin = renumber, origin
+        self.renumber, self.rope = renumber, rope
         self.part1, self.on_part1 = 0, None
         self._rotary: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
@@ -76,6 +78,10 @@ class Llama:
         return x + block.mlp(block.post_attention_layernorm(x))
 
     def leave(self, layer: int, tokens: Tokens) -> Tokens:
+        width = tokens.x.shape[2]
+        if tokens.feature is not None and layer * width < tokens.feature.shape[2]:
+            # DeepStack: each of the first layers is followed by a tower layer's view of the visual tokens that are left.
+            tokens = tokens.with_x(tokens.x + tokens.feature[:, :, layer * width : (layer + 1) * width])
         if self.on_part1 is not None and layer == self.part1 - 1:
             tokens = self.on_part1(tokens)
         return tokens
@@ -94,6 +100,6 @@ class Llama:
             position = (valid.long().cumsum(1) - 1).clamp_min(0)[:, -tokens.x.shape[1] :]
         elif self._rotary is not None and self._rotary[0] is position:
             return self._rotary[1]
-        rotary = self.decoder.rotary_emb(tokens.x, position if self.renumber else position + self.origin)
+        rotary = self.decoder.rotary_emb(tokens.x, position if self.renumber else self.rope(position))
         self._rotary = (position, rotary)
         return rotary

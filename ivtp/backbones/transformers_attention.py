@@ -14,8 +14,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "ivtp_recording"
 
 
-def _recording(module, query, key, value, attention_mask, *, ivtp_kernel: str, ivtp_record: Callable, **kwargs):
+def _recording(
+    module, query, key, value, attention_mask, *, ivtp_kernel: str, ivtp_record: Callable, ivtp_masks=None, **kwargs
+):
     ivtp_record(query, key, value)
+    if ivtp_masks is not None:  # of modules that pass no mask on: one for each piece of a packed sequence
+        attention_mask = next(ivtp_masks)
     # Every modelling file of transformers has its eager attention as a function of this name.
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(ivtp_kernel, eager)
@@ -26,10 +30,12 @@ AttentionInterface.register(NAME, _recording)
 
 
 def attend(module, hidden_states: Tensor, **kwargs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Call the attention module as it is; returns its output and the (q, k, v) that its kernel was given."""
+    """Call the attention module as it is; returns its output and the (q, k, v) that its kernel was given, of a packed
+    sequence all pieces together."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    output = _call(module, hidden_states, lambda q, k, v: seen.append((q, k, v)), **kwargs)[0]
-    return output, seen[0]
+    output = _call(module, hidden_states, lambda q, k, v: seen.append((q, k, v)), **kwargs)
+    output = output[0] if isinstance(output, tuple) else output
+    return output, seen[0] if len(seen) == 1 else tuple(torch.cat(parts, 2) for parts in zip(*seen, strict=True))
 
 
 def _call(module, hidden_states: Tensor, record: Callable, **kwargs):
@@ -37,7 +43,7 @@ def _call(module, hidden_states: Tensor, record: Callable, **kwargs):
     kernel = config._attn_implementation
     config._attn_implementation = NAME
     try:
-        return module(hidden_states=hidden_states, ivtp_kernel=kernel, ivtp_record=record, **kwargs)
+        return module(hidden_states, ivtp_kernel=kernel, ivtp_record=record, **kwargs)
     finally:
         config._attn_implementation = kernel
 

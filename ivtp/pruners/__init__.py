@@ -17,6 +17,7 @@ from ivtp.pruning.pruner import Plan
 from ivtp.pruning.schedules import check
 from ivtp.registry import Registry, UnknownName, unknown
 
+PER = ("image", "crop")
 PRUNERS = Registry("pruner", "ivtp.pruners")
 register_pruner = PRUNERS.register
 
@@ -26,11 +27,16 @@ def list_pruners() -> list[str]:
     return PRUNERS.names()
 
 
-def load_pruner(name: str, shape: Shape, position_ids: str = "keep", **settings) -> Plan:
+def load_pruner(name: str, shape: Shape, position_ids: str = "keep", per: str = "image", **settings) -> Plan:
     """The plan of method `name` for a model of this shape; refuses what cannot be carried out.
 
+    per   what `keep` counts: the tokens of a whole "image", spread evenly over its crops, or those of each "crop"
     Raises ValueError for an unknown name or setting, and for a budget that the model or the method cannot meet.
     """
+    if per not in PER:
+        raise ValueError(f"per={per!r} is not one of {', '.join(PER)}: what keep counts")
+    if shape.crops > 1:
+        return _by_crops(name, shape, position_ids, per, settings)
     build = PRUNERS[name]
     accepted = [p for p in inspect.signature(build).parameters if p != "shape"]
     for key in settings:
@@ -56,6 +62,26 @@ def load_pruner(name: str, shape: Shape, position_ids: str = "keep", **settings)
             raise ValueError(f"pruner {name!r} prunes inside a language model, but this model has none")
         check(plan.language.schedule, v, shape.language.depth, "language")
     return plan
+
+
+def _by_crops(name: str, shape: Shape, position_ids: str, per: str, settings: dict) -> Plan:
+    """The plan for an image in crops: the tower's cuts are of one crop, the language model's of the whole image."""
+    each, whole = dict(settings), dict(settings)
+    one, all_of_it = replace(shape, crops=1), replace(shape, crops=1, patches=shape.tokens, columns=shape.tokens)
+    keep = settings.get("keep")
+    if isinstance(keep, int):
+        if per == "image" and not shape.crops <= keep <= shape.tokens:
+            raise ValueError(
+                f"keep={keep}, but an image of {shape.crops} crops has {shape.tokens} visual tokens; keep at least one of "
+                f"each crop, {shape.crops}, and at most {shape.tokens}, or count by crop (per='crop')"
+            )
+        each["keep"] = round(keep / shape.crops) if per == "image" else keep
+        whole["keep"] = keep if per == "image" else keep * shape.crops
+    of_crop = load_pruner(name, one, position_ids, **each)
+    if of_crop.language is None:
+        return of_crop
+    in_language = load_pruner(name, all_of_it, position_ids, **whole).language
+    return replace(of_crop, language=in_language).reached_by(of_crop.leaving(shape.patches, shape.crops))
 
 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}

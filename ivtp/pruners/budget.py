@@ -31,7 +31,7 @@ def solve(budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Map
             raise UserError(
                 f"budget.ratio={value} must be above 0 and at most 1: the share of visual tokens that stays"
             )
-        return max(1, round(share * shape.patches))
+        return max(shape.crops, round(share * shape.tokens))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"budget.{kind}={value!r} is not a number")
     if kind == "keep":
@@ -90,17 +90,17 @@ def _nearest(target: float, shape: Shape, measure: Callable[[int], float], what:
                 continue  # a number of tokens that this method cannot meet
 
     # Cost grows with the tokens up to rounding: a coarse look, then everything near the best and at the lower end.
-    step = max(1, isqrt(shape.patches))
-    coarse = [*range(1, shape.patches, step), shape.patches]
+    step = max(1, isqrt(shape.tokens))
+    coarse = [*range(1, shape.tokens, step), shape.tokens]
     try_all(coarse)
     if 2 * len(spent) < len(coarse):  # a method that can keep few numbers of tokens, such as grids: ask for each
-        try_all(range(1, shape.patches + 1))
+        try_all(range(1, shape.tokens + 1))
     elif spent:
         best = min(spent, key=lambda keep: abs(spent[keep] - target))
         for place in (min(spent), best):
-            try_all(range(max(1, place - step), min(shape.patches, place + step) + 1))
+            try_all(range(max(1, place - step), min(shape.tokens, place + step) + 1))
     if not spent:
-        raise UserError(f"{what}: the method can keep no number of tokens between 1 and {shape.patches}")
+        raise UserError(f"{what}: the method can keep no number of tokens between 1 and {shape.tokens}")
     scale = 1e12 if unit == "TFLOPs" else 1
     low, high = min(spent.values()), max(spent.values())
     if not low * 0.999 <= target <= high * 1.001:

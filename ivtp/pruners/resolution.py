@@ -34,6 +34,8 @@ def downsample(shape: Shape, keep: int) -> Plan:
     Position embeddings are interpolated, as the models do it for other sizes; a token stands, for the language model,
     in the middle of what it covers of the original grid. `keep` must be a product of rows and columns that fit.
     """
+    if not shape.resizable:
+        raise ValueError("this tower reads images at their own size; shrink them with the processor's size settings")
     rows, columns = shape.grid
     grid = factors(rows, columns, keep)
     if grid is None:

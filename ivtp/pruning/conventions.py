@@ -33,9 +33,9 @@ class Convention:
         stack = shape.language
         if stack is None:
             raise ValueError("this convention counts a language model, but this model has none")
-        v = shape.patches
+        v = shape.tokens
         if plan.vision is not None and plan.vision.schedule:
-            v = plan.vision.schedule[-1].keep
+            v = shape.crops * plan.vision.schedule[-1].keep
         cuts = {(cut.layer, cut.after): cut.keep for cut in (plan.language.schedule if plan.language else ())}
         v = cuts.get((-1, "block"), v)
         total = 0
@@ -64,7 +64,7 @@ def resampler(shape: Shape, keep: int, text: int = 512) -> tuple[Plan, Cost]:
     if shape.language is None:
         raise ValueError("a resampler stands before a language model, but this model has none")
     plan = Plan(language=Pruner((Cut(-1, keep, "block"),), Chance()))
-    width, n = shape.language.width, shape.patches
+    width, n = shape.language.width, shape.tokens
     into_width = 2 * n * shape.projector_in * width
     keys_values = 4 * n * width * width
     queries_output = 4 * keep * width * width

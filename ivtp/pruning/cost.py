@@ -17,7 +17,11 @@ from ivtp.pruning.schedules import check
 
 @dataclass(frozen=True)
 class Layers:
-    """A stack of transformer layers; `ffn_matrices` is 2 for an MLP, 3 for a gated one."""
+    """A stack of transformer layers; `ffn_matrices` is 2 for an MLP, 3 for a gated one.
+
+    windows  in how many windows of equal size the layers attend, each for itself, except those in `whole`; what is left
+             after a cut is taken to be spread evenly over them
+    """
 
     depth: int
     width: int
@@ -26,10 +30,13 @@ class Layers:
     kv_heads: int
     head_width: int
     ffn_matrices: int
+    windows: int = 1
+    whole: tuple[int, ...] = ()
 
-    def attention(self, n: int) -> int:
+    def attention(self, n: int, layer: int = 0) -> int:
         projections = 4 * n * self.width * (self.heads + self.kv_heads) * self.head_width
-        return projections + 4 * n * n * self.heads * self.head_width
+        windows = 1 if layer in self.whole else self.windows
+        return projections + 4 * n * n * self.heads * self.head_width // windows
 
     def qkv(self, n: int) -> int:
         return 2 * n * self.width * (self.heads + 2 * self.kv_heads) * self.head_width
@@ -42,13 +49,20 @@ class Layers:
 class Shape:
     """The sizes of a model that pruning and its cost depend on.
 
-    patches       visual tokens of one image before pruning
+    patches       visual tokens of one image, or of one of its crops, before pruning
     patch_inputs  numbers in one patch (3 × side²)
     prefix        tokens before the patches (class token, registers)
-    has_cls       one of them is a class token
+    has_cls       one of them is a class token; else the mean of all patches judges
     projector_in  width of what the projector reads (several feature layers are joined)
+    projector_hidden  width between its two matrices; 0: the language model's
     text          the CLIP text encoder that is paired with the vision tower; joint: width of their common space
     columns       patches in one row of the image; 0: as many as rows
+    unit          patches of the tower that become one visual token (a patch merger, pixel shuffle), kept or cut together
+    crops         pieces of the image that go through the tower one by one
+    separators    tokens of the image that carry no patch (the newlines behind rows of crops) and are never cut
+    taps          tower layers whose output the language model gets too, each through a merger of its own (DeepStack)
+    by_image      what is here is of an image of the usual size; others have other numbers of tokens
+    resizable     the tower also reads a shrunk image
     """
 
     vision: Layers
@@ -64,6 +78,18 @@ class Shape:
     text_context: int = 77
     joint: int = 0
     columns: int = 0
+    unit: int = 1
+    crops: int = 1
+    separators: int = 0
+    projector_hidden: int = 0
+    taps: tuple[int, ...] = ()
+    by_image: bool = False
+    resizable: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of one whole image."""
+        return self.patches * self.crops
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -106,31 +132,44 @@ def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = No
 
     instruction  tokens that the CLIP text encoder reads, its begin and end marks included; default: one full context
     """
-    counts = [shape.patches]
+    counts, reached = [shape.patches], []
     vision, scores, v = _stack(
-        shape.vision, shape.prefix, shape.patches, plan.vision, 0, counts, "vision", shape.has_cls
+        shape.vision,
+        shape.prefix,
+        shape.patches,
+        plan.vision,
+        0,
+        counts,
+        "vision",
+        shape.has_cls,
+        leaving=reached,
+        unit=shape.unit,
     )
     patches = plan.image[0] * plan.image[1] if plan.image else shape.patches
-    vision += 2 * patches * shape.patch_inputs * shape.vision.width
+    vision += 2 * patches * shape.unit * shape.patch_inputs * shape.vision.width
     vision += 2 * shape.vision.width * shape.classes
+    counts, vision, scores, v = [shape.crops * c for c in counts], shape.crops * vision, shape.crops * scores, shape.crops * v
     projector = language = text_encoder = 0
     average = None
     if shape.language is not None:
         width = shape.language.width
-        projector = 2 * v * (shape.projector_in * width + width * width)
+        hidden = shape.projector_hidden or width
+        project = shape.projector_in * hidden + hidden * width
+        projector = 2 * project * (v + sum(shape.crops * reached[tap] for tap in shape.taps))
         reach, appends = v, plan.appends_to(v)
         appended = plan.part1 if appends else 0
+        others = text + shape.separators
         entering: list[int] = []
         language, more, v = _stack(
-            shape.language, text, v, plan.language, appended, counts, "language", entering=entering
+            shape.language, others, v, plan.language, appended, counts, "language", entering=entering
         )
         average = sum(entering) / len(entering)
-        language += 2 * (v + text) * width * shape.vocabulary
+        language += 2 * (v + others) * width * shape.vocabulary
         scores += more
         if plan.cuts_language(reach) and plan.reference == "raters":
             scores += 2 * reach * text * width  # the words' likeness to the image
         if appends:
-            text_encoder = 2 * (shape.projector_in * width + width * width)  # the projected visual CLS
+            text_encoder = 2 * project  # the projected visual CLS
         if appends and plan.reads_clip:
             text_encoder += _text_pass(shape, instruction, 1)
         if plan.cuts_language(reach) and plan.reads_relevance:
@@ -148,12 +187,15 @@ def _stack(
     site: str,
     one_refers: bool = True,
     entering: list[int] | None = None,
+    leaving: list[int] | None = None,
+    unit: int = 1,
 ) -> tuple[int, int, int]:
     """FLOPs of the layers, of the scores, and the visual tokens that leave.
 
     appended    layers with one token more
     one_refers  one token judges the visual ones; False: they all do, where there is no class token
-    entering    gets the visual tokens that enter each layer
+    entering    gets the visual tokens that enter each layer; leaving: those that leave it
+    unit        patches of the stack in one visual token
     """
     schedule = pruner.schedule if pruner else ()
     check(tuple(schedule), v, stack.depth, site)
@@ -170,16 +212,18 @@ def _stack(
         v, group = keep, 0
         counts.append(v)
 
-    cut(-1, "block", others + v)
+    cut(-1, "block", others + unit * v)
     for layer in range(stack.depth):
         extra = others + (1 if layer < appended else 0)
         group += 1
         if entering is not None:
             entering.append(v)
-        total += stack.attention(extra + v)
-        cut(layer, "attn", extra + v)
-        total += stack.mlp(extra + v)
-        cut(layer, "block", extra + v)
+        total += stack.attention(extra + unit * v, layer)
+        cut(layer, "attn", extra + unit * v)
+        total += stack.mlp(extra + unit * v)
+        cut(layer, "block", extra + unit * v)
+        if leaving is not None:
+            leaving.append(v)
     return total, scores, v
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -166,6 +166,19 @@ class Plan:
     def cuts_language(self, visual: int) -> bool:
         """Whether any of `visual` tokens that reach the language model leave inside it."""
         return self.language is not None and any(cut.keep < visual for cut in self.language.schedule)
+
+    def leaving(self, patches: int, crops: int = 1) -> int:
+        """Visual tokens that leave the tower, of `crops` crops of so many patches."""
+        cuts = self.vision.schedule if self.vision is not None else ()
+        return crops * (cuts[-1].keep if cuts else patches)
+
+    def reached_by(self, tokens: int) -> Plan:
+        """The same with no cut in the language model that asks for more than the `tokens` that reach it: shares are
+        rounded to whole tokens on each site apart."""
+        if self.language is None:
+            return self
+        cuts = tuple(replace(cut, keep=min(cut.keep, tokens)) for cut in self.language.schedule)
+        return replace(self, language=replace(self.language, schedule=cuts))
 
     @property
     def final(self) -> int | None:

@@ -36,7 +36,8 @@ class Tokens:
     visual     True: may be pruned; every sample has the same number of them (padding included)
     reference  True: its attention judges the visual ones (CLS, pseudo CLS, last token); several are averaged
     sample     a number that belongs to the sample wherever it stands in a batch; seeds random choices
-    feature    what leaves the stack, if that is not `x` (LLaVA reads an earlier layer than the last)
+    feature    what leaves the stack, if that is not `x` (LLaVA reads an earlier layer than the last), or is still to be
+               added (DeepStack)
     relevance  cosine of each visual token with the instruction, for methods that ask for it; for an oracle, 1 on what
                the question is about, else 0
     state      `x` after the model's last norm, there during a cut of a method that asks for it
@@ -136,6 +137,9 @@ class Tokens:
     def append(self, x: Float[Tensor, "b d"]) -> Tokens:
         """Add one reference token at the end, as the only one that judges, one position after the last."""
         one = torch.ones_like(self.valid[:, :1])
+        feature = self.feature
+        if feature is not None:
+            feature = torch.cat([feature, torch.zeros_like(feature[:, :1])], 1)
         return Tokens(
             x=torch.cat([self.x, x[:, None].to(self.x.dtype)], 1),
             position=torch.cat([self.position, self.position[:, -1:] + 1], 1),
@@ -144,6 +148,7 @@ class Tokens:
             visual=torch.cat([self.visual, ~one], 1),
             reference=torch.cat([torch.zeros_like(self.reference), one], 1),
             sample=self.sample,
+            feature=feature,
         )
 
     def without_last(self) -> Tokens:
@@ -158,6 +163,7 @@ class Tokens:
             self.visual[:, :-1],
             reference,
             self.sample,
+            None if self.feature is None else self.feature[:, :-1],
         )
 
 

@@ -1,0 +1,535 @@
+"""A vision-language model under a plan: pictures, tower, placeholders, decoder; owns the loop, not the layers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+
+from ivtp.backbones.clip_vit import sample_number
+from ivtp.backbones.llama import Llama
+from ivtp.backbones.shared import SharedVision
+from ivtp.backbones.trace import Trace, merged, pad_left
+from ivtp.pruning.cost import Shape
+from ivtp.pruning.instruction import pseudo_cls, raters
+from ivtp.pruning.pruner import Plan
+from ivtp.pruning.scores import mix
+from ivtp.pruning.tokens import Selection, Tokens, put, take
+from ivtp.pruning.traverse import Kept, Stack, traverse
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a batch.
+
+    kind    what images must share to go through the tower side by side (their size)
+    pixels  what the tower reads: crops "c 3 h w", or patches "1 p i"
+    """
+
+    kind: Hashable
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the images of one kind fill their placeholders in a prompt.
+
+    shape  sizes of the model for such an image
+    slots  for every placeholder "s" the number of its visual token (crop after crop), -1: a separator. A visual token
+           without a placeholder (of a crop's padding) does not reach the language model
+    base   the crop that shows the whole image
+    joins  None, or how the model itself blends the visual tokens "c v d" of a whole, unpruned image into those of `slots`
+    """
+
+    shape: Shape
+    slots: Tensor
+    base: int = 0
+    joins: Callable[[Tensor], Tensor] | None = None
+
+
+class Front(Protocol):
+    """What a family of models provides; all else is here.
+
+    separator  embedding of a placeholder that carries no visual token "d", or None
+    """
+
+    separator: Tensor | None
+
+    def pictures(self, inputs: dict) -> list[Picture]:
+        """The images of a batch in the order of the prompts."""
+
+    def layout(self, kind: Hashable) -> Layout: ...
+
+    def stack(self, kind: Hashable) -> Stack:
+        """The tower for images of this kind, with `embed(pixels, grid)`."""
+
+    def read(self, tokens: Tokens) -> Tensor:
+        """What the projector reads of what left the tower "c n f"."""
+
+    def project(self, features: Tensor) -> Tensor:
+        """"c n f" → "c n d" of the language model."""
+
+    def cls(self, stack: Stack, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """What stands for the whole of every crop "c f" where the projector reads, and where CLIP compares (if it does)."""
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, given: Tensor | None, inputs: dict) -> Tensor:
+        """RoPE positions of a prompt: "b n", or "3 b n"."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the tower made of all images of one kind in a batch; i counts them.
+
+    slot      "i v" placeholder of every visual token that is left, in raster order; features "i v d"; taps: DeepStack's
+    real      "i v" False where a slot is empty or has no placeholder
+    """
+
+    layout: Layout
+    slot: Tensor
+    features: Tensor
+    size: Tensor
+    real: Tensor
+    sample: Tensor
+    cls: tuple[Tensor, Tensor | None]
+    taps: Tensor | None
+    joint: Callable[[], Tensor]
+
+
+class PrunedModel:
+    """Stands in for the forward of a model (without its LM head) while a plan is in force.
+
+    planner   gives the plan for an image, and for all images of a prompt
+    guide     callable (input_ids, valid, visual_cls) → relevance "b n" and words; needed for the pseudo CLS only
+    read_at   number of layers after which `Trace.early` is read out; 0: never
+    part      entered around each part of the work: "vision", "projector", "text_encoder", "language", "pruner"
+    shared    keeps what the tower answers for other plans; None: every plan looks for itself
+    truth     for an oracle: "b v", True on the visual tokens that each question is about
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        front: Front,
+        planner,
+        guide: Callable | None = None,
+        read_at: int = 0,
+        part: Callable[[str], AbstractContextManager] = nullcontext,
+        shared: SharedVision | None = None,
+        truth: Tensor | None = None,
+    ) -> None:
+        self.model, self.front, self.planner, self.plan = model, front, planner, planner.plan
+        self.guide, self.read_at, self.part, self.shared, self.truth = guide, read_at, part, shared, truth
+        self.core = model.model
+        self.decoder = self.core.language_model
+        self.trace = Trace()
+        # For every cache that a prefill filled: which keys of each layer are real, and the next position; a cache that
+        # is gone takes it along.
+        self._filled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        if self.plan.needs_guide and guide is None:
+            raise ValueError(
+                "this plan reads the instruction with CLIP and needs the model's processor and CLIP text encoder: load the model "
+                "with ivtp.load_model, or pass processor= and text_encoder= to ivtp.load_model for a model you have"
+            )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **inputs,
+    ) -> LlavaModelOutputWithPast:
+        """The signature of the model's own forward; hidden states come back as short as the pruning left them."""
+        for wish in ("output_attentions", "output_hidden_states"):
+            if inputs.get(wish):
+                raise ValueError(
+                    f"{wish}=True: layers have different lengths under pruning; use the run's trace instead"
+                )
+        for wish in ("vision_feature_layer", "vision_feature_select_strategy", "mm_encoder_outputs", "vision_aspect_ratio"):
+            if inputs.get(wish) is not None:
+                raise ValueError(
+                    f"{wish} is not read by a pruned forward; set it in the model's config or leave it out"
+                )
+        if inputs.get("pixel_values_videos") is not None:
+            raise ValueError("videos cannot be pruned here; give their frames as images")
+        if inputs_embeds is not None or input_ids is None:
+            raise ValueError("under pruning, give input_ids: the image tokens cannot be found in inputs_embeds")
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return self._decode(input_ids, position_ids, past_key_values)
+        if use_cache is None:
+            use_cache = self.decoder.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.decoder.config)
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+            raise ValueError(
+                f"{type(past_key_values).__name__} has one length for all layers, but pruning leaves a different one in "
+                "each; use the default cache_implementation='dynamic'"
+            )
+        return self._prefill(input_ids, attention_mask, position_ids, past_key_values, inputs)
+
+    def _prefill(self, input_ids, attention_mask, position_ids, cache, inputs) -> LlavaModelOutputWithPast:
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if not bool(valid[:, -1].all()) and (self.plan.language is not None or self.read_at):
+            raise ValueError(
+                "a prompt ends in padding, but its last token is needed; pad on the left (tokenizer.padding_side='left')"
+            )
+        pictures = self.front.pictures(inputs)
+        held = self._share_out(input_ids, pictures)
+        looks, vision = self._look(pictures)
+        positions = self.front.positions(input_ids, attention_mask, position_ids, inputs)
+
+        groups: dict[tuple, list[int]] = {}
+        for prompt, numbers in enumerate(held):
+            groups.setdefault(tuple(pictures[i].kind for i in numbers), []).append(prompt)
+        if len(groups) == 1:
+            (rows,) = groups.values()
+            hidden, filled, trace = self._read(input_ids, valid, positions, rows, held, looks, cache)
+        else:
+            # Prompts with other images than their neighbours' go through by themselves: every count of tokens is then
+            # the same for all of a batch, in every method, and nothing depends on who else is in it.
+            parts = []
+            for rows in groups.values():
+                start = int(valid[rows].any(0).int().argmax())
+                index = torch.tensor(rows, device=input_ids.device)
+                own = None if cache is None else DynamicCache(config=self.decoder.config)
+                shown = input_ids[index, start:], valid[index, start:], positions[..., index, start:]
+                parts.append((rows, own, *self._read(*shown, rows, held, looks, own)))
+            order = torch.tensor([row for part in parts for row in part[0]], device=input_ids.device).argsort()
+            hidden = pad_left([part[2] for part in parts], 1)[order]
+            filled = join(cache, [part[1] for part in parts], [part[3] for part in parts], order)
+            trace = merged([part[4] for part in parts], [len(part[0]) for part in parts], order)
+        self.trace = replace(trace, vision=vision)
+        if cache is not None:
+            self._filled[cache] = filled, positions[..., -1:] + 1
+        whole = next(iter(looks.values()))[1].features if len(looks) == 1 else None
+        return LlavaModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, image_hidden_states=whole)
+
+    def _decode(self, input_ids, position_ids, cache) -> LlavaModelOutputWithPast:
+        if cache not in self._filled:
+            raise ValueError("this key-value cache was not filled under the pruning that is in force; prefill it here")
+        earlier, following = self._filled[cache]
+        valid = torch.ones_like(input_ids, dtype=torch.bool)
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        rope = following + steps if position_ids is None else self.front.positions(input_ids, None, position_ids, {})
+        tokens = Tokens.of(self._embed(input_ids), torch.zeros_like(valid), torch.zeros_like(valid), valid=valid)
+        renumber = self.plan.position_ids == "renumber"
+        stack = Llama(self.decoder, cache, earlier, renumber=renumber, rope=lambda position: rope)
+        tokens, _ = traverse(stack, tokens)
+        self._filled[cache] = stack.valid, rope[..., -1:] + 1
+        return LlavaModelOutputWithPast(last_hidden_state=self.decoder.norm(tokens.x), past_key_values=cache)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        return self.core.get_input_embeddings()(input_ids)
+
+    def _share_out(self, input_ids: Tensor, pictures: Sequence[Picture]) -> list[list[int]]:
+        """Numbers of the pictures of each prompt, in order: as many as fill its image tokens."""
+        sizes = [len(self.front.layout(picture.kind).slots) for picture in pictures]
+        counts = (input_ids == self.model.config.image_token_id).sum(1).tolist()
+        held, number = [], 0
+        for prompt, count in enumerate(counts):
+            own, left = [], count
+            while left > 0 and number < len(pictures):
+                own.append(number)
+                left -= sizes[number]
+                number += 1
+            if left:
+                makes = " + ".join(str(sizes[i]) for i in own) or "none is left"
+                raise ValueError(
+                    f"prompt {prompt} of the batch has {count} image tokens, but its images make {makes}; let the "
+                    "processor write the prompts, one image token for each image"
+                )
+            held.append(own)
+        if number < len(pictures):
+            raise ValueError(
+                f"{len(pictures)} images, but the {len(counts)} prompts have image tokens for {number}; give every image "
+                "its place in a prompt"
+            )
+        return held
+
+    def _look(self, pictures: Sequence[Picture]) -> tuple[dict, list[Kept]]:
+        """By kind: the numbers of its pictures, and what the pruned tower made of them; and the cuts of all crops."""
+        looks, cuts, crops = {}, [], []
+        for kind in dict.fromkeys(picture.kind for picture in pictures):
+            numbers = [i for i, picture in enumerate(pictures) if picture.kind == kind]
+            look, found = self._look_at(kind, torch.stack([pictures[i].pixels for i in numbers]))
+            looks[kind] = {number: row for row, number in enumerate(numbers)}, look
+            cuts.append(found)
+            crops += [(i, crop) for i in numbers for crop in range(look.layout.shape.crops)]
+        if len(cuts) < 2:
+            return looks, cuts[0] if cuts else []
+        order = torch.tensor(sorted(range(len(crops)), key=crops.__getitem__), device=pictures[0].pixels.device)
+        sizes = [sum(look.layout.shape.crops for _ in rows) for rows, look in looks.values()]
+        return looks, merged([Trace(vision=found) for found in cuts], sizes, order).vision
+
+    def _look_at(self, kind: Hashable, pixels: Tensor) -> tuple[Look, list[Kept]]:
+        layout, stack = self.front.layout(kind), self.front.stack(kind)
+        crops, plan = layout.shape.crops, self.planner.image(layout.shape)
+        if layout.joins is not None and (plan.vision is not None or plan.image is not None):
+            raise ValueError(
+                f"an image of size {kind} is interpolated behind the tower, so that its patches cannot be cut inside it; "
+                "prune such images in the language model only, or make them smaller"
+            )
+        # Beams, and several questions about one image, share its pass through the tower.
+        numbers = sample_number(pixels)
+        first, owner = distinct(numbers)
+
+        def look() -> tuple[Tokens, list[Kept], tuple[Tensor, Tensor | None]]:
+            tokens = stack.embed(pixels[first].flatten(0, 1), plan.image)
+            tokens, cuts = traverse(stack, tokens, plan.vision, self.part)
+            return tokens, cuts, self.front.cls(stack, tokens)
+
+        with self.part("vision"):
+            tokens, cuts, cls = self.shared(plan, numbers[first], look) if self.shared else look()
+            rows = (owner[:, None] * crops + torch.arange(crops, device=owner.device)).flatten()
+            cuts = [replace(cut, position=cut.position[rows], valid=cut.valid[rows]) for cut in cuts]
+            tokens = tokens.samples(rows)
+        with self.part("projector"):
+            features = self.front.project(tokens.of_visual(self.front.read(tokens)))
+            if layout.joins is not None:
+                features = torch.stack([layout.joins(image) for image in features.unflatten(0, (-1, crops))])
+        images, v = len(pixels), features.shape[0] // len(pixels) * features.shape[1]
+        taps = None
+        if layout.joins is not None:
+            slot = (layout.slots >= 0).nonzero()[:, 0].expand(images, -1)
+            size, real = torch.ones(slot.shape, device=slot.device), torch.ones_like(slot, dtype=torch.bool)
+            raster = slot.argsort(1)
+        else:
+            number = tokens.of_visual(tokens.position) + layout.shape.patches * (
+                torch.arange(len(rows), device=rows.device) % crops
+            )[:, None]
+            slot_of = torch.full((layout.shape.tokens,), -1, device=rows.device)
+            slot_of[layout.slots[layout.slots >= 0]] = (layout.slots >= 0).nonzero()[:, 0]
+            slot = slot_of[number].view(images, v)
+            size, real = (tokens.of_visual(t).reshape(images, v) for t in (tokens.size, tokens.valid))
+            real = real & (slot >= 0)
+            slot = slot.where(slot >= 0, len(layout.slots) - 1)
+            # Raster order, whatever order merging left.
+            raster = slot.argsort(dim=1, stable=True)
+            if layout.shape.taps:
+                taps = take(tokens.of_visual(tokens.feature).view(images, v, -1), raster)
+        slot, size, real = (t.gather(1, raster) for t in (slot, size, real))
+        features = take(features.reshape(images, v, -1), raster)
+
+        def joint() -> Tensor:
+            """Every visual token where CLIP compares "i v c"."""
+            width = layout.shape.vision.width
+            patches = stack.norm(tokens.of_visual(tokens.feature)[:, :, -width:])
+            return take(patches.reshape(images, v, -1), raster)
+
+        cls = tuple(None if part is None else part.unflatten(0, (-1, crops))[owner, layout.base] for part in cls)
+        sample = tokens.sample.view(images, crops)[:, 0]
+        return Look(layout, slot, features, size, real, sample, cls, taps, joint), cuts
+
+    def _read(self, input_ids, valid, positions, rows, held, looks, cache) -> tuple[Tensor, list[Tensor], Trace]:
+        """The language model over prompts with images of the same kinds: hidden states, real keys per layer, trace."""
+        seen = Seen.of([[looks_of(looks, i) for i in held[row]] for row in rows])
+        plan = self.planner.prompt([look.layout.shape for look, _ in seen.looks]) if seen.looks else Plan()
+        trace = Trace()
+        image = (input_ids == self.model.config.image_token_id).nonzero()[:, 1].view(len(rows), -1)
+        first = image[:, :1] if seen.looks else torch.zeros_like(input_ids[:, :1])
+        place = torch.arange(input_ids.shape[1], device=input_ids.device) - first
+        tokens = self._fill(input_ids, place, valid, image, seen)
+        if plan.cuts_language(tokens.visual_count):
+            if plan.reads_truth:
+                tokens = replace(tokens, relevance=self._truth(rows, len(held), tokens, seen))
+            if plan.reads_relevance:
+                tokens = replace(tokens, relevance=self._relevance(input_ids, valid, rows, len(held), tokens, seen))
+            if plan.reference == "raters":
+                with self.part("pruner"):
+                    tokens = replace(tokens, reference=raters(tokens))
+        appends = plan.appends_to(tokens.visual_count)
+        if appends:
+            reference, words = self._reference(plan, input_ids, valid, rows, len(held), seen)
+            tokens, trace = tokens.append(reference), replace(trace, words=words)
+
+        longer = torch.cat([positions, positions[..., -1:] + 1], -1)  # of an appended reference too
+
+        def rope(position: Tensor) -> Tensor:
+            index = (position + first).expand(*longer.shape[:-1], -1)
+            return longer.gather(-1, index)
+
+        stack = Llama(self.decoder, cache, renumber=plan.position_ids == "renumber", rope=rope)
+        stack.part1 = plan.part1 if appends else self.read_at
+        early: list[Tensor] = []
+        stack.on_part1 = lambda tokens: self._end_part1(stack, tokens, appends, early) if stack.part1 else tokens
+        with self.part("language"):
+            tokens, cuts = traverse(stack, tokens, plan.language, self.part)
+            hidden = self.decoder.norm(tokens.x)
+        if seen.looks:
+            ranks = (image - first)[:, seen.carries].contiguous()
+            cuts = [replace(cut, position=torch.searchsorted(ranks, cut.position.contiguous())) for cut in cuts]
+        trace = replace(trace, language=cuts, entered=seen.entered(plan), early=early[0] if early else None)
+        return hidden, stack.valid, trace
+
+    def _fill(self, input_ids, place, valid, image, seen: Seen) -> Tokens:
+        """The prompt with the surviving features at their places; the placeholders of the others are gone."""
+        x = self._embed(input_ids)
+        last = torch.arange(input_ids.shape[1], device=input_ids.device)[None] == input_ids.shape[1] - 1
+        ids = (input_ids * valid).long()
+        words = mix((ids * (2 * place + 1)).sum(1))
+        nothing = torch.zeros_like(valid)
+        if not seen.looks:
+            return Tokens.of(x, visual=nothing, reference=last, position=place, valid=valid, sample=mix(words))
+        if not bool(seen.carries.all()):
+            fixed = image[:, ~seen.carries]
+            separator = self.front.separator.to(x)
+            x = put(x, fixed, separator.expand(*fixed.shape, -1))
+        visual = image[:, seen.carries]
+        tokens = Tokens.of(
+            x,
+            visual=nothing.scatter(1, visual, True),
+            reference=last,
+            position=place,
+            valid=valid,
+            sample=mix(seen.sample + words),
+        )
+        if seen.rank.shape[1] == visual.shape[1] and bool(seen.real.all()):
+            tokens = tokens.with_x(put(x, visual, seen.features))
+        else:
+            tokens = tokens.keep(Selection(seen.rank, valid=seen.real), lambda *_: (seen.features, seen.size), None)
+        if seen.taps is not None:
+            blank = tokens.x.new_zeros(*tokens.x.shape[:2], seen.taps.shape[2])
+            tokens = replace(tokens, feature=put(blank, tokens.visual_index, seen.taps))
+        return tokens
+
+    def _reference(self, plan: Plan, input_ids, valid, rows, batch: int, seen: Seen) -> tuple[Tensor, list | None]:
+        """The token appended for part 1 (Eq. 8): the pseudo CLS, or the projected visual CLS; and the words."""
+        with self.part("text_encoder"):
+            visual_cls = self.front.project(seen.cls[0][:, None])[:, 0]
+            if plan.reference == "visual_cls":
+                return visual_cls, None
+            x = self._embed(input_ids)
+            if plan.reads_clip:
+                relevance, words = self.guide(input_ids, valid, seen.cls[1], (rows, batch))
+            else:
+                fit = torch.cosine_similarity(x.float(), visual_cls[:, None].float(), dim=-1)
+                relevance, words = self.guide.spelled_out(input_ids, valid, fit, (rows, batch))
+            return pseudo_cls(x, relevance, plan.tau, visual_cls, plan.words), words
+
+    def _truth(self, rows: Sequence[int], batch: int, tokens: Tokens, seen: Seen) -> Tensor:
+        """1 where a surviving image token lies on what the question is about "b n"."""
+        total = int(seen.carries.sum())
+        if self.truth is None or batch % len(self.truth) or self.truth.shape[1] != total:
+            given = None if self.truth is None else tuple(self.truth.shape)
+            raise ValueError(
+                f"this plan keeps what each question is about and must be told by truth=, one row of {total} "
+                f"true or false per prompt ({batch}), but truth is {given}"
+            )
+        truth = self.truth.to(tokens.x.device).repeat_interleave(batch // len(self.truth), 0)[rows]
+        truth = truth.to(tokens.size.dtype).gather(1, seen.rank)
+        return torch.zeros_like(tokens.size).scatter(1, tokens.visual_index, truth)
+
+    def _relevance(self, input_ids, valid, rows, batch: int, tokens: Tokens, seen: Seen) -> Tensor:
+        """The fit of every image token to the instruction, at its place in the prompt "b n"."""
+        with self.part("text_encoder"):
+            fit = self.guide.fit(input_ids, valid, seen.joint(), (rows, batch))
+        return torch.zeros_like(tokens.size).scatter(1, tokens.visual_index, fit.to(tokens.size.dtype))
+
+    def _end_part1(self, stack: Llama, tokens: Tokens, appended: bool, early: list[Tensor]) -> Tokens:
+        if appended:
+            tokens = tokens.without_last()
+            stack.forget_last(stack.part1)
+        if self.read_at:
+            early.append(self.model.lm_head(self.decoder.norm(tokens.x[:, -1])))
+        return tokens
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What prompts with images of the same kinds show the language model, their images side by side.
+
+    looks     of every image of a prompt: its look, and its row in it for every prompt
+    carries   "s" which of a prompt's image tokens carry a visual one
+    rank      "b v" which of those each surviving visual token is
+    """
+
+    looks: list[tuple[Look, Tensor]]
+    carries: Tensor | None = None
+    rank: Tensor | None = None
+    features: Tensor | None = None
+    size: Tensor | None = None
+    real: Tensor | None = None
+    sample: Tensor | None = None
+    cls: tuple[Tensor, Tensor | None] | None = None
+    taps: Tensor | None = None
+
+    @classmethod
+    def of(cls, prompts: list[list[tuple[Look, int]]]) -> Seen:
+        looks = []
+        for images in zip(*prompts, strict=True):
+            look = images[0][0]
+            looks.append((look, torch.tensor([row for _, row in images], device=look.slot.device)))
+        if not looks:
+            return cls([])
+
+        def side_by_side(name: str) -> Tensor | None:
+            found = [getattr(look, name) for look, _ in looks]
+            return None if found[0] is None else torch.cat([t[i] for t, (_, i) in zip(found, looks, strict=True)], 1)
+
+        carries = [look.layout.slots >= 0 for look, _ in looks]
+        ranks, before = [], 0
+        for (look, rows), carry in zip(looks, carries, strict=True):
+            rank = (carry.long().cumsum(0) - 1).clamp_min(0)
+            ranks.append(rank[look.slot[rows]] + before)
+            before += int(carry.sum())
+        sample = looks[0][0].sample[looks[0][1]]
+        for look, rows in looks[1:]:
+            sample = mix(sample) + look.sample[rows]
+        wholes = [[None if part is None else part[rows] for part in look.cls] for look, rows in looks]
+        # Several images: what stands for the whole is the mean of what stands for each.
+        whole = [None if parts[0] is None else torch.stack(parts).mean(0) for parts in zip(*wholes, strict=True)]
+        if len(looks) == 1:
+            whole = wholes[0]
+        return cls(
+            looks,
+            torch.cat(carries),
+            torch.cat(ranks, 1),
+            side_by_side("features"),
+            side_by_side("size"),
+            side_by_side("real"),
+            sample,
+            (whole[0], whole[1]),
+            side_by_side("taps"),
+        )
+
+    def joint(self) -> Tensor:
+        return torch.cat([look.joint()[rows] for look, rows in self.looks], 1)
+
+    def entered(self, plan: Plan) -> Kept | None:
+        """What the tower left of each prompt's visual tokens; None where it left all."""
+        if not self.looks:
+            return None
+        return Kept(-1, "block", self.rank, self.real)
+
+
+def looks_of(looks: dict, number: int) -> tuple[Look, int]:
+    """The look that picture `number` is in, and its row there."""
+    return next((look, rows[number]) for rows, look in looks.values() if number in rows)
+
+
+def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place of each different entry, in order, and for every entry which of those it equals."""
+    same = numbers[:, None] == numbers[None]
+    first = same.int().argmax(1)
+    places = first.unique()
+    return places, torch.searchsorted(places, first)
+
+
+def join(cache, caches: list, valids: list[list[Tensor]], order: Tensor) -> list[Tensor]:
+    """Put the keys and values of several groups of prompts, padded on the left, into one cache; which of them are real."""
+    if cache is not None:
+        for layer in range(len(valids[0])):
+            keys, values = (
+                pad_left([getattr(own.layers[layer], name) for own in caches], 2)[order] for name in ("keys", "values")
+            )
+            cache.update(keys, values, layer)
+    return [pad_left(list(found), 1)[order] for found in zip(*valids, strict=True)]
