@@ -20,6 +20,7 @@ from ivtp.registry import UserError, unknown
 FAMILIES = {
     "llava": "ivtp.backbones.llava",
     "clip_vision_model": "ivtp.backbones.clip_vit",
+    "siglip_vision_model": "ivtp.backbones.siglip_vit",
     "timm.VisionTransformer": "ivtp.backbones.timm_vit",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -14,11 +15,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "ivtp_recording"
 
 
-def _recording(module, query, key, value, attention_mask, *, ivtp_kernel: str, ivtp_record: Callable, **kwargs):
-    ivtp_record(query, key, value)
+# The kernel that computes, and who is told q, k, v. Not passed as arguments: some modules (SigLIP) hand none on.
+_asked: ContextVar[tuple[str, Callable]] = ContextVar("ivtp_asked")
+
+
+def _recording(module, query, key, value, attention_mask, **kwargs):
+    name, record = _asked.get()
+    record(query, key, value)
     # Every modelling file of transformers has its eager attention as a function of this name.
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(ivtp_kernel, eager)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return kernel(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -36,9 +42,11 @@ def _call(module, hidden_states: Tensor, record: Callable, **kwargs):
     config = module.config
     kernel = config._attn_implementation
     config._attn_implementation = NAME
+    token = _asked.set((kernel, record))
     try:
-        return module(hidden_states=hidden_states, ivtp_kernel=kernel, ivtp_record=record, **kwargs)
+        return module(hidden_states=hidden_states, **kwargs)
     finally:
+        _asked.reset(token)
         config._attn_implementation = kernel
 
 

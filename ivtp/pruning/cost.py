@@ -37,6 +37,12 @@ class Layers:
     def mlp(self, n: int) -> int:
         return 2 * self.ffn_matrices * n * self.width * self.ffn
 
+    def pooling(self, n: int) -> int:
+        """One query of its own over n tokens, then the MLP on what it took."""
+        width = self.heads * self.head_width
+        projections = 4 * self.width * width + 4 * n * self.width * self.kv_heads * self.head_width
+        return projections + 4 * n * width + self.mlp(1)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -46,6 +52,8 @@ class Shape:
     patch_inputs  numbers in one patch (3 × side²)
     prefix        tokens before the patches (class token, registers)
     has_cls       one of them is a class token
+    pool          attention pooling of what is left, behind the layers
+    classes       width of what is made of one vector behind them: a classifier, or the joint space of a dual encoder
     projector_in  width of what the projector reads (several feature layers are joined)
     text          the CLIP text encoder that is paired with the vision tower; joint: width of their common space
     columns       patches in one row of the image; 0: as many as rows
@@ -56,6 +64,7 @@ class Shape:
     patch_inputs: int
     prefix: int = 1
     has_cls: bool = True
+    pool: Layers | None = None
     classes: int = 0
     projector_in: int = 0
     language: Layers | None = None
@@ -113,6 +122,8 @@ def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = No
     patches = plan.image[0] * plan.image[1] if plan.image else shape.patches
     vision += 2 * patches * shape.patch_inputs * shape.vision.width
     vision += 2 * shape.vision.width * shape.classes
+    if shape.pool is not None:
+        vision += shape.pool.pooling(shape.prefix + v)
     projector = language = text_encoder = 0
     average = None
     if shape.language is not None:
