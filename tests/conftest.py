@@ -123,8 +123,8 @@ def make_clip(kernel: str = "sdpa"):
     return shake(CLIPVisionModel._from_config(vision_config(), attn_implementation=kernel), 2)
 
 
-def make_siglip(kernel: str = "sdpa"):
-    from transformers import SiglipVisionConfig, SiglipVisionModel
+def siglip_config(**changes):
+    from transformers import SiglipVisionConfig
 
     sizes = {
         "hidden_size": 24,
@@ -134,7 +134,13 @@ def make_siglip(kernel: str = "sdpa"):
         "image_size": SIDE,
         "patch_size": PATCH,
     }
-    return shake(SiglipVisionModel._from_config(SiglipVisionConfig(**sizes), attn_implementation=kernel), 8)
+    return SiglipVisionConfig(**{**sizes, **changes})
+
+
+def make_siglip(kernel: str = "sdpa"):
+    from transformers import SiglipVisionModel
+
+    return shake(SiglipVisionModel._from_config(siglip_config(), attn_implementation=kernel), 8)
 
 
 def make_llava(kernel: str = "sdpa", seed: int = 4, vision: dict | None = None, text: dict | None = None, **changes):
