@@ -123,6 +123,26 @@ def make_clip(kernel: str = "sdpa"):
     return shake(CLIPVisionModel._from_config(vision_config(), attn_implementation=kernel), 2)
 
 
+def siglip_config(**changes):
+    from transformers import SiglipVisionConfig
+
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 37,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 3,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+    }
+    return SiglipVisionConfig(**{**sizes, **changes})
+
+
+def make_siglip(kernel: str = "sdpa"):
+    from transformers import SiglipVisionModel
+
+    return shake(SiglipVisionModel._from_config(siglip_config(), attn_implementation=kernel), 8)
+
+
 def make_llava(kernel: str = "sdpa", seed: int = 4, vision: dict | None = None, text: dict | None = None, **changes):
     """LLaVA with 7 ViT layers, 9 LLM layers (3 of them part 1), 6 query heads over 2 key-value heads."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -248,11 +268,13 @@ def llava(kernel: str = "sdpa"):
 
 def vision_model(kind: str):
     if kind not in _made:
-        _made[kind] = make_clip(kind.removeprefix("clip_")) if kind.startswith("clip") else make_timm(kind)
+        family, _, kernel = kind.partition("_")
+        make = {"clip": make_clip, "siglip": make_siglip}.get(family)
+        _made[kind] = make(kernel) if make else make_timm(kind)
     return _made[kind]
 
 
-VISION = ["timm_cls", "timm_avg", "timm_registers", "clip_sdpa", "clip_eager"]
+VISION = ["timm_cls", "timm_avg", "timm_registers", "clip_sdpa", "clip_eager", "siglip_sdpa", "siglip_eager"]
 """Every vision backbone; LLaVA has tests of its own."""
 
 

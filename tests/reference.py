@@ -47,6 +47,16 @@ def clip_states(tower, pixels, cuts):
     return states
 
 
+def siglip_states(tower, pixels, cuts):
+    """`last_hidden_state` of transformers' SigLIP tower, on all tokens."""
+    x = tower.embeddings(pixels)
+    hidden = hidden_from(cuts, len(tower.encoder.layers), x.shape[1], x.shape[0])
+    for layer, gone in zip(tower.encoder.layers, hidden[:-1], strict=True):
+        x = layer(x, attention_mask=mask4d(~gone, False))
+        x = x[0] if isinstance(x, tuple) else x
+    return tower.post_layernorm(x)
+
+
 def timm_features(model, pixels, cuts):
     """`forward_features` of a timm ViT on all tokens."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(pixels)))

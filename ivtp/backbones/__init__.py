@@ -19,7 +19,13 @@ from ivtp.registry import UserError, unknown
 # By transformers' `model_type`, or package and class.
 FAMILIES = {
     "llava": "ivtp.backbones.llava",
+    "llava_next": "ivtp.backbones.llava_next",
+    "llava_onevision": "ivtp.backbones.llava_onevision",
+    "qwen2_5_vl": "ivtp.backbones.qwen_vl",
+    "qwen3_vl": "ivtp.backbones.qwen_vl",
+    "internvl": "ivtp.backbones.internvl",
     "clip_vision_model": "ivtp.backbones.clip_vit",
+    "siglip_vision_model": "ivtp.backbones.siglip_vit",
     "timm.VisionTransformer": "ivtp.backbones.timm_vit",
 }
 

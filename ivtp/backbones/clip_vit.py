@@ -1,8 +1,8 @@
-"""transformers' CLIP vision tower."""
+"""transformers' CLIP vision tower, and what towers built like it have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -44,29 +44,36 @@ def spread(tokens: Tokens, grid: tuple[int, int], full: tuple[int, int]) -> Toke
 
 
 class ClipVit:
-    """A `CLIPVisionModel` as a stack; `features` are the 0-based layers whose outputs leave it, joined in width."""
+    """A `CLIPVisionModel`, or a tower of the same layers without class token (SigLIP), as a stack.
+
+    `features` are the 0-based layers whose outputs leave it, joined in width. The class token refers; without one every
+    patch does: a patch's importance is the attention it gets from all of them, the mean over all queries.
+    """
 
     def __init__(self, tower: nn.Module, features: tuple[int, ...] = ()) -> None:
         self.tower = getattr(tower, "vision_model", tower)
         self.layers = self.tower.encoder.layers
         self.depth = len(self.layers)
         self.features = features
+        self.prefix = int(hasattr(self.tower.embeddings, "class_embedding"))
 
     def embed(self, pixel_values: Tensor, grid: tuple[int, int] | None = None, **kwargs) -> Tokens:
-        """Patches behind the class token, "b 1+v d"; `grid`: of an image shrunk to so many rows and columns of them."""
+        """Patches, behind the class token if any, "b p+v d"; `grid`: of an image shrunk to such rows and columns."""
         dtype = self.tower.embeddings.patch_embedding.weight.dtype
         image = pixel_values.to(dtype)
         if grid is not None:
             image = shrink(image, grid, (self.tower.embeddings.patch_size,) * 2)
             kwargs["interpolate_pos_encoding"] = True
-        x = self.tower.pre_layrnorm(self.tower.embeddings(image, **kwargs))
+        x = self.tower.embeddings(image, **kwargs)
+        if self.prefix:
+            x = self.tower.pre_layrnorm(x)
         place = torch.arange(x.shape[1], device=x.device)[None]
         # Patches count from 0, so that a position is a place in the image; the class token stands before it.
         tokens = Tokens.of(
             x,
-            visual=place > 0,
-            reference=place == 0,
-            position=(place - 1).expand(x.shape[0], -1),
+            visual=place >= self.prefix,
+            reference=place == 0 if self.prefix else place >= 0,
+            position=(place - self.prefix).expand(x.shape[0], -1),
             sample=sample_number(pixel_values),
         )
         side = self.tower.embeddings.image_size // self.tower.embeddings.patch_size
@@ -107,18 +114,25 @@ def score_bias(tokens: Tokens, bias: Tensor | None) -> Tensor | None:
     return bias.masked_fill(~tokens.valid, float("-inf"))
 
 
-def shape(model) -> Shape:
-    """Sizes of a CLIP vision tower or of its config."""
+def shape(model, prefix: int = 1) -> Shape:
+    """Sizes of a CLIP vision tower or of its config; `prefix`: 0 for a tower without class token."""
     config = getattr(model, "config", model)
     heads = config.num_attention_heads
     width = config.hidden_size
     side = config.patch_size
     layers = Layers(config.num_hidden_layers, width, config.intermediate_size, heads, heads, width // heads, 2)
-    return Shape(layers, (config.image_size // side) ** 2, config.num_channels * side * side)
+    patches = (config.image_size // side) ** 2
+    return Shape(layers, patches, config.num_channels * side * side, prefix=prefix, has_cls=prefix > 0)
+
+
+def pool(tower: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """The states as they are "b n d", and the class token behind the last norm "b d"."""
+    return tokens.x, tower.post_layernorm(tokens.x[:, 0])
 
 
 @contextmanager
-def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iterator:
+def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part, pool: Callable = pool) -> Iterator:
+    """`pool`: what the tower gives out of what the layers left, its states and its pooled output."""
     run = VisionRun()
 
     def forward(pixel_values=None, interpolate_pos_encoding=False, **unused):
@@ -131,8 +145,8 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iter
         with part("vision"):
             tokens = stack.embed(pixel_values, plan.image, interpolate_pos_encoding=interpolate_pos_encoding)
             tokens, run.vision = traverse(stack, tokens, plan.vision, part)
-            pooled = stack.tower.post_layernorm(tokens.x[:, 0])
-        return BaseModelOutputWithPooling(last_hidden_state=tokens.x, pooler_output=pooled)
+            states, pooled = pool(stack.tower, tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
 
     with replaced(getattr(model, "vision_model", model), forward):
         yield run

@@ -20,7 +20,10 @@ from ivtp.pruning.tokens import Tokens
 
 
 class InternFront:
-    """Every crop is a picture of its own in the prompt: the model itself treats them alike, and so does the budget."""
+    """An image is a run of image tokens: its crops, and behind several of them the thumbnail that shows the whole.
+
+    The model itself treats all crops of a batch alike and is not told whose they are.
+    """
 
     separator = None
 
@@ -38,15 +41,23 @@ class InternFront:
                 f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r} passes the class token "
                 "on as an image token; pruning supports 'default' (patches only)"
             )
-        of_crop = shape(model)
-        self.made = Layout(of_crop, torch.arange(of_crop.patches, device=model.device))
+        self.of_crop = shape(model)
 
-    def pictures(self, inputs: dict) -> list[Picture]:
+    def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]:
         pixels = inputs.get("pixel_values")
-        return [] if pixels is None else [Picture("crop", crop[None]) for crop in pixels]
+        if pixels is None:
+            return []
+        crops = [length / self.of_crop.patches for length in runs(input_ids == self.config.image_token_id)]
+        if sum(crops) != len(pixels) or any(count != int(count) for count in crops):
+            raise ValueError(
+                f"{len(pixels)} crops, but the prompts have image tokens for {sum(crops):g}; let the processor write the "
+                f"prompts, {self.of_crop.patches} image tokens for each crop"
+            )
+        return [Picture(len(rows), rows) for rows in pixels.split([int(count) for count in crops])]
 
-    def layout(self, kind: Hashable) -> Layout:
-        return self.made
+    def layout(self, kind: int) -> Layout:
+        made = replace(self.of_crop, crops=kind, by_image=True)
+        return Layout(made, torch.arange(made.tokens, device=self.model.device), base=kind - 1)
 
     def stack(self, kind: Hashable) -> InternVit:
         return InternVit(self.core.vision_tower, self.feature, self.side)
@@ -66,8 +77,18 @@ class InternFront:
         return counted(input_ids) if given is None else given.expand_as(input_ids)
 
 
-def shape(model) -> Shape:
-    """Sizes of a model or of its config, for one crop."""
+def runs(image: Tensor) -> list[int]:
+    """Lengths of the runs of image tokens, prompt after prompt."""
+    _, number, counts = torch.unique_consecutive(
+        torch.nn.functional.pad(image, (0, 1)).flatten(), return_inverse=True, return_counts=True
+    )
+    starts = counts.cumsum(0) - counts
+    return counts[torch.nn.functional.pad(image, (0, 1)).flatten()[starts]].tolist()
+
+
+def shape(model, image: tuple[int, int] | None = None) -> Shape:
+    """Sizes of a model or of its config, for one crop, or for an image of `image` (height, width) pixels in crops and,
+    where there are several, with a thumbnail."""
     config = getattr(model, "config", model)
     vision = config.vision_config
     if vision.model_type != "internvl_vision":
@@ -75,7 +96,11 @@ def shape(model) -> Shape:
     heads, width, side = vision.num_attention_heads, vision.hidden_size, round(1 / config.downsample_ratio)
     layers = Layers(vision.num_hidden_layers, width, vision.intermediate_size, heads, heads, width // heads, 2)
     rows, columns = (size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
-    one = Shape(
+    crops = 1
+    if image is not None:
+        tall, wide = (max(1, round(size / side)) for size, side in zip(image, vision.image_size, strict=True))
+        crops = tall * wide + (tall * wide > 1)
+    return Shape(
         layers,
         rows * columns // side**2,
         vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
@@ -84,9 +109,10 @@ def shape(model) -> Shape:
         vocabulary=config.text_config.vocab_size,
         columns=columns // side,
         unit=side**2,
+        crops=crops,
+        by_image=True,
         resizable=False,
     )
-    return replace(one)
 
 
 @contextmanager

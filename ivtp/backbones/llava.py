@@ -15,11 +15,12 @@ from ivtp.backbones.clip_vit import ClipVit
 from ivtp.backbones.companions import guide_for, text_sizes
 from ivtp.backbones.decoders import decoder_layers
 from ivtp.backbones.shared import SharedVision
+from ivtp.backbones.siglip_vit import SiglipVit
 from ivtp.backbones.vlm import Layout, Picture, PrunedModel
 from ivtp.pruning.cost import Shape
 from ivtp.pruning.tokens import Tokens
 
-TOWERS = {"clip_vision_model": ClipVit}
+TOWERS = {"clip_vision_model": ClipVit, "siglip_vision_model": SiglipVit}
 
 
 class Images(Protocol):
@@ -27,7 +28,7 @@ class Images(Protocol):
 
     separator: Tensor | None
 
-    def pictures(self, inputs: dict) -> list[Picture]: ...
+    def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]: ...
 
     def layout(self, kind: Hashable) -> Layout: ...
 
@@ -40,7 +41,7 @@ class OneCrop:
     def __init__(self, model: nn.Module) -> None:
         self.made = Layout(shape(model), torch.arange(shape(model).patches, device=model.device))
 
-    def pictures(self, inputs: dict) -> list[Picture]:
+    def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]:
         pixels = inputs.get("pixel_values")
         return [] if pixels is None else [Picture("one crop", image[None]) for image in pixels]
 
@@ -118,6 +119,7 @@ def shape(model) -> Shape:
     features = config.vision_feature_layer
     return replace(
         family(config.vision_config).shape(config.vision_config),
+        pool=None,  # the projector reads the patches; nothing is pooled
         projector_in=config.vision_config.hidden_size * (1 if isinstance(features, int) else len(features)),
         language=decoder_layers(config),
         vocabulary=config.text_config.vocab_size,

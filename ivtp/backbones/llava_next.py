@@ -32,7 +32,7 @@ class Crops:
         self.sizes: dict[tuple[int, int], Hashable] = {}
         self.layouts: dict[Hashable, Layout] = {}
 
-    def pictures(self, inputs: dict) -> list[Picture]:
+    def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]:
         pixels = inputs.get("pixel_values")
         if pixels is None:
             return []

@@ -108,9 +108,7 @@ class QwenVit:
             bias = tokens.size.log().flatten()[order].repeat_interleave(self.unit)
             keys = bias.to(x.dtype).split((counts * self.unit).tolist())
             masks = iter([key.expand(1, 1, len(key), -1) for key in keys])
-        output, qkv = attend(
-            block.attn, block.norm1(x), cu_seqlens=bounds, position_embeddings=rope, ivtp_masks=masks
-        )
+        output, qkv = attend(block.attn, block.norm1(x), masks, cu_seqlens=bounds, position_embeddings=rope)
         added = torch.zeros_like(tokens.x).view(b * v, width)
         added[order] = output.view(-1, width)
         return tokens.x + added.view(b, v, width), self._record(qkv, layer, tokens, order, number, bias)

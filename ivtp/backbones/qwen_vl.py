@@ -34,7 +34,7 @@ class QwenFront:
         self.tower = self.core.visual
         self.made: dict[Hashable, tuple[Layout, QwenVit]] = {}
 
-    def pictures(self, inputs: dict) -> list[Picture]:
+    def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]:
         pixels, grids = inputs.get("pixel_values"), inputs.get("image_grid_thw")
         if pixels is None:
             return []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -14,37 +15,45 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "ivtp_recording"
 
 
-def _recording(
-    module, query, key, value, attention_mask, *, ivtp_kernel: str, ivtp_record: Callable, ivtp_masks=None, **kwargs
-):
-    ivtp_record(query, key, value)
-    if ivtp_masks is not None:  # of modules that pass no mask on: one for each piece of a packed sequence
-        attention_mask = next(ivtp_masks)
+# The kernel that computes, who is told q, k, v, and the masks of a packed sequence's pieces. Not passed as arguments:
+# some modules (SigLIP) hand none on.
+_asked: ContextVar[tuple[str, Callable, Iterator[Tensor] | None]] = ContextVar("ivtp_asked")
+
+
+def _recording(module, query, key, value, attention_mask, **kwargs):
+    name, record, masks = _asked.get()
+    record(query, key, value)
+    if masks is not None:
+        attention_mask = next(masks)
     # Every modelling file of transformers has its eager attention as a function of this name.
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(ivtp_kernel, eager)
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return kernel(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, _recording)
 
 
-def attend(module, hidden_states: Tensor, **kwargs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def attend(
+    module, hidden_states: Tensor, masks: Iterator[Tensor] | None = None, **kwargs
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Call the attention module as it is; returns its output and the (q, k, v) that its kernel was given, of a packed
-    sequence all pieces together."""
+    sequence all pieces together; `masks`: of those pieces, for modules that take none."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    output = _call(module, hidden_states, lambda q, k, v: seen.append((q, k, v)), **kwargs)
+    output = _call(module, hidden_states, lambda q, k, v: seen.append((q, k, v)), masks, **kwargs)
     output = output[0] if isinstance(output, tuple) else output
     return output, seen[0] if len(seen) == 1 else tuple(torch.cat(parts, 2) for parts in zip(*seen, strict=True))
 
 
-def _call(module, hidden_states: Tensor, record: Callable, **kwargs):
+def _call(module, hidden_states: Tensor, record: Callable, masks: Iterator[Tensor] | None = None, **kwargs):
     config = module.config
     kernel = config._attn_implementation
     config._attn_implementation = NAME
+    token = _asked.set((kernel, record, masks))
     try:
-        return module(hidden_states, ivtp_kernel=kernel, ivtp_record=record, **kwargs)
+        return module(hidden_states, **kwargs)
     finally:
+        _asked.reset(token)
         config._attn_implementation = kernel
 
 

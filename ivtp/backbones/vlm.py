@@ -62,7 +62,7 @@ class Front(Protocol):
 
     separator: Tensor | None
 
-    def pictures(self, inputs: dict) -> list[Picture]:
+    def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]:
         """The images of a batch in the order of the prompts."""
 
     def layout(self, kind: Hashable) -> Layout: ...
@@ -182,7 +182,7 @@ class PrunedModel:
             raise ValueError(
                 "a prompt ends in padding, but its last token is needed; pad on the left (tokenizer.padding_side='left')"
             )
-        pictures = self.front.pictures(inputs)
+        pictures = self.front.pictures(input_ids, inputs)
         held = self._share_out(input_ids, pictures)
         looks, vision = self._look(pictures)
         positions = self.front.positions(input_ids, attention_mask, position_ids, inputs)

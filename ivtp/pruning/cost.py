@@ -44,6 +44,12 @@ class Layers:
     def mlp(self, n: int) -> int:
         return 2 * self.ffn_matrices * n * self.width * self.ffn
 
+    def pooling(self, n: int) -> int:
+        """One query of its own over n tokens, then the MLP on what it took."""
+        width = self.heads * self.head_width
+        projections = 4 * self.width * width + 4 * n * self.width * self.kv_heads * self.head_width
+        return projections + 4 * n * width + self.mlp(1)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -53,6 +59,8 @@ class Shape:
     patch_inputs  numbers in one patch (3 × side²)
     prefix        tokens before the patches (class token, registers)
     has_cls       one of them is a class token; else the mean of all patches judges
+    pool          attention pooling of what is left, behind the layers
+    classes       width of what is made of one vector behind them: a classifier, or the joint space of a dual encoder
     projector_in  width of what the projector reads (several feature layers are joined)
     projector_hidden  width between its two matrices; 0: the language model's
     text          the CLIP text encoder that is paired with the vision tower; joint: width of their common space
@@ -70,6 +78,7 @@ class Shape:
     patch_inputs: int
     prefix: int = 1
     has_cls: bool = True
+    pool: Layers | None = None
     classes: int = 0
     projector_in: int = 0
     language: Layers | None = None
@@ -148,7 +157,10 @@ def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = No
     patches = plan.image[0] * plan.image[1] if plan.image else shape.patches
     vision += 2 * patches * shape.unit * shape.patch_inputs * shape.vision.width
     vision += 2 * shape.vision.width * shape.classes
-    counts, vision, scores, v = [shape.crops * c for c in counts], shape.crops * vision, shape.crops * scores, shape.crops * v
+    if shape.pool is not None:
+        vision += shape.pool.pooling(shape.prefix + v)
+    counts = [shape.crops * count for count in counts]
+    vision, scores, v = shape.crops * vision, shape.crops * scores, shape.crops * v
     projector = language = text_encoder = 0
     average = None
     if shape.language is not None:

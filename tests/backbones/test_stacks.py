@@ -4,10 +4,9 @@ import pytest
 import torch
 from conftest import VISION, close, images, inputs, llava, vision_model
 from reference import dense_map, heads_of
+from towers import mixed_in, stack_of
 
-from ivtp.backbones.clip_vit import ClipVit
 from ivtp.backbones.llama import Llama
-from ivtp.backbones.timm_vit import TimmVit
 from ivtp.pruning.tokens import Tokens
 from ivtp.pruning.traverse import Stack, traverse
 
@@ -30,8 +29,8 @@ def mixed(attention):
 @pytest.mark.parametrize("backbone", VISION)
 def test_vision_records_are_what_the_kernel_saw(backbone, proportional):
     """Queries and keys behind their norms, the right third of a joint projection, scale, padding, log sizes."""
-    model, timm = vision_model(backbone), backbone.startswith("timm")
-    stack = TimmVit(model) if timm else ClipVit(model)
+    model = vision_model(backbone)
+    stack = stack_of(backbone, model)
     assert isinstance(stack, Stack)
     tokens = stack.embed(images(2))
     n = tokens.x.shape[1]
@@ -41,12 +40,7 @@ def test_vision_records_are_what_the_kernel_saw(backbone, proportional):
     tokens = Tokens(**{**vars(tokens), "size": size, "valid": valid})
     for layer in (1, 4):
         x, attention = stack.attend(layer, tokens, proportional)
-        if timm:
-            block = model.blocks[layer]
-            expected = tokens.x + block.ls1(block.attn.proj(mixed(attention)))
-        else:
-            expected = tokens.x + model.encoder.layers[layer].self_attn.out_proj(mixed(attention))
-        close(x, expected)
+        close(x, mixed_in(backbone, model, layer, tokens.x, mixed(attention)))
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])

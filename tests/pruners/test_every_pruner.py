@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import IMAGE, PATCHES, TEXTS, VISION, close, images, inputs, llava, plan_of, vision_model
-from reference import clip_states, llava_logits, timm_features
+from reference import llava_logits
+from towers import answers, left, masked, pooled, prefix
 
 import ivtp
 from ivtp.pruning.pruner import Pruner
@@ -51,16 +52,9 @@ def remaining(ids, mask, kept, sample: int):
 def test_keeping_every_patch_leaves_a_vision_tower_untouched(name, backbone):
     model, pixels = vision_model(backbone), images(3)
     plan = plan_of(name, model, keep=PATCHES)
-
-    def answers():
-        if backbone.startswith("timm"):
-            return model.forward_features(pixels), model(pixels)
-        out = model(pixels)
-        return out.last_hidden_state, out.pooler_output
-
-    expected = answers()
+    expected = answers(backbone, model, pixels)
     with ivtp.prune(model, plan):
-        actual = answers()
+        actual = answers(backbone, model, pixels)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
 
@@ -104,25 +98,16 @@ def test_dropping_patches_is_hiding_them_from_the_unmodified_tower(name, backbon
     model, pixels = vision_model(backbone), images(3)
     plan = drops(name, model)
     with ivtp.prune(model, plan) as run:
-        if backbone.startswith("timm"):
-            actual, head = model.forward_features(pixels), model(pixels)
-        else:
-            out = model(pixels)
-            actual, head = out.last_hidden_state, out.pooler_output
+        actual, head = answers(backbone, model, pixels)
     assert [cut.position.shape[1] for cut in run.vision] == [cut.keep for cut in plan.vision.schedule]
-    last = run.vision[-1].position
+    last, before = run.vision[-1].position, prefix(backbone, model)
     assert len({tuple(row) for row in last.tolist()}) > 1 or name in BLIND, "all samples kept the same patches"
-    if backbone.startswith("timm"):
-        full, prefix = timm_features(model, pixels, run.vision), model.num_prefix_tokens
-    else:
-        full, prefix = clip_states(model, pixels, run.vision)[-1], 1
+    full = masked(backbone, model, pixels, run.vision)
     for sample, (kept, real) in enumerate(zip(last, run.vision[-1].valid, strict=True)):
-        # A ragged method pads its slots: those are nobody's, and the classifier must not average them either.
-        expected = full[sample, torch.cat([torch.arange(prefix), kept[real] + prefix])]
-        found = actual[sample, torch.cat([torch.ones(prefix, dtype=torch.bool), real])]
-        close(found, expected)
-        pool = model.forward_head if backbone.startswith("timm") else lambda x: model.post_layernorm(x[:, 0])
-        close(head[sample], pool(expected[None])[0])
+        # A ragged method pads its slots: those are nobody's, and what pools the patches must not read them either.
+        expected = full[sample, left(kept, real, before)]
+        close(actual[sample, torch.cat([torch.ones(before, dtype=torch.bool), real])], expected)
+        close(head[sample], pooled(backbone, model, expected[None])[0])
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
@@ -157,16 +142,15 @@ def test_dropping_tokens_is_hiding_them_from_the_unmodified_llava(name, kernel, 
 
 
 @pytest.mark.parametrize("name", PRUNERS)
-@pytest.mark.parametrize("backbone", ["timm_avg", "clip_sdpa"])
+@pytest.mark.parametrize("backbone", ["timm_avg", "clip_sdpa", "siglip_sdpa"])
 def test_an_image_is_pruned_the_same_in_any_batch(name, backbone):
     model, pixels = vision_model(backbone), images(3)
     plan = plan_of(name, model)
-    answer = (lambda x: model(x)) if backbone.startswith("timm") else (lambda x: model(x).last_hidden_state)
     with ivtp.prune(model, plan) as run:
-        together = answer(pixels)
+        together = answers(backbone, model, pixels)[1]
         cuts = run.vision
         for i in (2, 0, 1):
-            close(answer(pixels[i : i + 1])[0], together[i])
+            close(answers(backbone, model, pixels[i : i + 1])[1][0], together[i])
             for alone, batched in zip(run.vision or [], cuts or [], strict=True):
                 assert torch.equal(alone.position[0], batched.position[i])
 

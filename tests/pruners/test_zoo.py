@@ -236,7 +236,7 @@ def test_pooling_to_a_third_is_plain_average_pooling():
     close(out.x, pooled)
 
 
-@pytest.mark.parametrize("backbone", ["timm_cls", "timm_avg", "timm_registers", "clip_sdpa"])
+@pytest.mark.parametrize("backbone", ["timm_cls", "timm_avg", "timm_registers", "clip_sdpa", "siglip_sdpa"])
 def test_a_small_image_runs_through_the_tower_as_such(backbone):
     """At the size of the grid that is left, the model's own way to resize its position embeddings."""
     model, pixels = vision_model(backbone), images(2)

@@ -1,0 +1,57 @@
+"""Every vision tower of the tests: what it answers, and the same from its own modules on all tokens under a mask."""
+
+from __future__ import annotations
+
+import torch
+from reference import clip_states, siglip_states, timm_features
+
+from ivtp.backbones.clip_vit import ClipVit
+from ivtp.backbones.siglip_vit import SiglipVit
+from ivtp.backbones.timm_vit import TimmVit
+
+
+def is_timm(kind: str) -> bool:
+    return kind.startswith("timm")
+
+
+def stack_of(kind: str, model):
+    return {"timm": TimmVit, "clip": ClipVit, "siglip": SiglipVit}[kind.partition("_")[0]](model)
+
+
+def answers(kind: str, model, pixels):
+    """States "b n d", and what is made of them: a class or pooled vector "b c"."""
+    if is_timm(kind):
+        return model.forward_features(pixels), model(pixels)
+    out = model(pixels)
+    return out.last_hidden_state, out.pooler_output
+
+
+def masked(kind: str, model, pixels, cuts):
+    """The states of the unmodified modules on all tokens, those that a cut removed hidden from then on."""
+    if is_timm(kind):
+        return timm_features(model, pixels, cuts)
+    return siglip_states(model, pixels, cuts) if kind.startswith("siglip") else clip_states(model, pixels, cuts)[-1]
+
+
+def pooled(kind: str, model, states):
+    """What the unmodified model makes of states "b n d"."""
+    if is_timm(kind):
+        return model.forward_head(states)
+    return model.head(states) if kind.startswith("siglip") else model.post_layernorm(states[:, 0])
+
+
+def prefix(kind: str, model) -> int:
+    return model.num_prefix_tokens if is_timm(kind) else int(kind.startswith("clip"))
+
+
+def mixed_in(kind: str, model, layer: int, x, heads):
+    """The residual stream behind attention, from what the heads gave "b n d"."""
+    if is_timm(kind):
+        block = model.blocks[layer]
+        return x + block.ls1(block.attn.proj(heads))
+    return x + model.encoder.layers[layer].self_attn.out_proj(heads)
+
+
+def left(kept, real, prefix: int) -> torch.Tensor:
+    """Where the tokens that are left of one sample stand in the whole sequence."""
+    return torch.cat([torch.arange(prefix), kept[real] + prefix])
