@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -101,9 +102,17 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"model folder {folder} has no *.safetensors weights")
 
 
-def shape_of(model) -> Shape:
-    """The sizes that pruning and cost depend on, of a model or of a transformers config."""
-    return family(model).shape(model)
+def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
+    """The sizes that pruning and cost depend on, of a model or of a transformers config.
+
+    image  height and width in pixels of an image, for families whose number of tokens depends on it; None: a usual one
+    """
+    shape = family(model).shape
+    if image is None:
+        return shape(model)
+    if "image" not in signature(shape).parameters:
+        raise ModelError(f"image={list(image)}, but every image has the same number of tokens in this model; leave it out")
+    return shape(model, image)
 
 
 def source_shape(source: str, text_encoder: str | None = None, revision: str | None = None) -> Shape:
@@ -142,7 +151,7 @@ def prune(
         pruner = Planner(pruner, shape, settings)
     elif isinstance(pruner, Plan):
         pruner = Fixed(pruner)
-    plan = pruner.plan
+    plan = pruner.outline
     read_at = part1_layers(shape) if read_early else 0
     if plan.language is not None and read_early:
         read_at = plan.part1 or read_at

@@ -47,14 +47,21 @@ def clip_states(tower, pixels, cuts):
     return states
 
 
-def siglip_states(tower, pixels, cuts):
-    """`last_hidden_state` of transformers' SigLIP tower, on all tokens."""
+def siglip_layers(tower, pixels, cuts):
+    """States after every layer of transformers' SigLIP tower, on all tokens."""
     x = tower.embeddings(pixels)
     hidden = hidden_from(cuts, len(tower.encoder.layers), x.shape[1], x.shape[0])
+    states = []
     for layer, gone in zip(tower.encoder.layers, hidden[:-1], strict=True):
         x = layer(x, attention_mask=mask4d(~gone, False))
         x = x[0] if isinstance(x, tuple) else x
-    return tower.post_layernorm(x)
+        states.append(x)
+    return states
+
+
+def siglip_states(tower, pixels, cuts):
+    """Its `last_hidden_state`."""
+    return tower.post_layernorm(siglip_layers(tower, pixels, cuts)[-1])
 
 
 def timm_features(model, pixels, cuts):

@@ -36,7 +36,9 @@ def accompany(model: nn.Module, processor, text_encoder: str | TextEncoder | Non
 
 def _known_clip(config) -> str | None:
     vision = getattr(config, "vision_config", None)
-    return vision and KNOWN_CLIPS.get((vision.num_hidden_layers, vision.hidden_size, vision.image_size))
+    if getattr(vision, "model_type", "") != "clip_vision_model":
+        return None
+    return KNOWN_CLIPS.get((vision.num_hidden_layers, vision.hidden_size, vision.image_size))
 
 
 def guide_for(model: nn.Module) -> Guide:

@@ -40,7 +40,7 @@ class Crops:
         for number, size in enumerate(inputs["image_sizes"].tolist()):
             whole = self._in_crops(number, inputs)
             kind = self._kind(tuple(size), whole)
-            crops = self.layouts[kind].shape.crops
+            crops = self.layouts[kind].crops
             if pixels.ndim == 5:  # padded to the most crops of the batch
                 rows = pixels[number, :crops]
             else:
@@ -72,21 +72,18 @@ class Crops:
         numbers = torch.arange(1, crops * of_crop.patches + 1, dtype=torch.float64, device=self.model.device)
         # A newline counts as -1, and what is no whole number any more was blended out of several.
         packed = self._pack(numbers.view(crops, -1, 1), size, -torch.ones_like(numbers[:1]))[:, 0]
-        joins = None
-        if bool((packed != packed.round()).any()) or len(packed[packed > 0].unique()) < int((packed > 0).sum()):
-            joins = self._joins(size)
         slots = (packed.round().long() - 1).clamp_min(-1)
-        shape = replace(of_crop, crops=crops, by_image=True, separators=int((slots < 0).sum()))
-        return Layout(shape, slots, joins=joins)
+        left = int((slots >= 0).sum())
+        shape = replace(of_crop, crops=crops, by_image=True, separators=len(slots) - left)
+        if bool((packed == packed.round()).all()):
+            return Layout(shape, slots)
+        blended = replace(shape, crops=1, patches=left, columns=left)
+        return Layout(blended, slots, joins=lambda features: self._pack(features, size, None), rows=crops)
 
     def _pack(self, features: Tensor, size: tuple[int, int], newline: Tensor | None) -> Tensor:
         """Features "c v d" of the crops as the model puts them into the prompt "s d"."""
         strategy = self.config.vision_feature_select_strategy
         return self.core.pack_image_features([features], torch.tensor([size]), strategy, image_newline=newline)[0][0]
-
-    def _joins(self, size: tuple[int, int]):
-        """The model's own blending, without its newlines."""
-        return lambda features: self._pack(features, size, None)
 
 
 def alike(one: Layout, other: Layout) -> bool:

@@ -136,7 +136,7 @@ def prune(
     shared: SharedVision | None = None,
     truth: Tensor | None = None,
 ) -> Iterator[PrunedModel]:
-    if planner.plan.position_ids == "renumber":
+    if planner.outline.position_ids == "renumber":
         raise ValueError(
             "position_ids='renumber' would take the rows and columns out of M-RoPE; use position_ids='keep' with this model"
         )

@@ -25,6 +25,14 @@ from ivtp.pruning.tokens import Selection, Tokens, put, take
 from ivtp.pruning.traverse import Kept, Stack, traverse
 
 
+@dataclass
+class PrunedOutput(LlavaModelOutputWithPast):
+    """What the LM heads of all families ask for."""
+
+    video_hidden_states: Tensor | None = None
+    rope_deltas: Tensor | None = None  # of transformers before 5.23
+
+
 @dataclass(frozen=True)
 class Picture:
     """One image of a batch.
@@ -45,6 +53,7 @@ class Layout:
     slots  for every placeholder "s" the number of its visual token (crop after crop), -1: a separator. A visual token
            without a placeholder (of a crop's padding) does not reach the language model
     base   the crop that shows the whole image
+    rows   crops, where the language model does not get their visual tokens as they are (`joins`)
     joins  None, or how the model itself blends the visual tokens "c v d" of a whole, unpruned image into those of `slots`
     """
 
@@ -52,6 +61,11 @@ class Layout:
     slots: Tensor
     base: int = 0
     joins: Callable[[Tensor], Tensor] | None = None
+    rows: int = 0
+
+    @property
+    def crops(self) -> int:
+        return self.rows or self.shape.crops
 
 
 class Front(Protocol):
@@ -124,7 +138,7 @@ class PrunedModel:
         shared: SharedVision | None = None,
         truth: Tensor | None = None,
     ) -> None:
-        self.model, self.front, self.planner, self.plan = model, front, planner, planner.plan
+        self.model, self.front, self.planner, self.plan = model, front, planner, planner.outline
         self.guide, self.read_at, self.part, self.shared, self.truth = guide, read_at, part, shared, truth
         self.core = model.model
         self.decoder = self.core.language_model
@@ -147,7 +161,7 @@ class PrunedModel:
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **inputs,
-    ) -> LlavaModelOutputWithPast:
+    ) -> PrunedOutput:
         """The signature of the model's own forward; hidden states come back as short as the pruning left them."""
         for wish in ("output_attentions", "output_hidden_states"):
             if inputs.get(wish):
@@ -155,7 +169,7 @@ class PrunedModel:
                     f"{wish}=True: layers have different lengths under pruning; use the run's trace instead"
                 )
         for wish in ("vision_feature_layer", "vision_feature_select_strategy", "mm_encoder_outputs", "vision_aspect_ratio"):
-            if inputs.get(wish) is not None:
+            if inputs.get(wish) not in (None, getattr(self.model.config, wish, None)):
                 raise ValueError(
                     f"{wish} is not read by a pruned forward; set it in the model's config or leave it out"
                 )
@@ -176,7 +190,7 @@ class PrunedModel:
             )
         return self._prefill(input_ids, attention_mask, position_ids, past_key_values, inputs)
 
-    def _prefill(self, input_ids, attention_mask, position_ids, cache, inputs) -> LlavaModelOutputWithPast:
+    def _prefill(self, input_ids, attention_mask, position_ids, cache, inputs) -> PrunedOutput:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if not bool(valid[:, -1].all()) and (self.plan.language is not None or self.read_at):
             raise ValueError(
@@ -211,9 +225,14 @@ class PrunedModel:
         if cache is not None:
             self._filled[cache] = filled, positions[..., -1:] + 1
         whole = next(iter(looks.values()))[1].features if len(looks) == 1 else None
-        return LlavaModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, image_hidden_states=whole)
+        return PrunedOutput(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            image_hidden_states=whole,
+            rope_deltas=getattr(self.core, "rope_deltas", None),
+        )
 
-    def _decode(self, input_ids, position_ids, cache) -> LlavaModelOutputWithPast:
+    def _decode(self, input_ids, position_ids, cache) -> PrunedOutput:
         if cache not in self._filled:
             raise ValueError("this key-value cache was not filled under the pruning that is in force; prefill it here")
         earlier, following = self._filled[cache]
@@ -225,7 +244,7 @@ class PrunedModel:
         stack = Llama(self.decoder, cache, earlier, renumber=renumber, rope=lambda position: rope)
         tokens, _ = traverse(stack, tokens)
         self._filled[cache] = stack.valid, rope[..., -1:] + 1
-        return LlavaModelOutputWithPast(last_hidden_state=self.decoder.norm(tokens.x), past_key_values=cache)
+        return PrunedOutput(last_hidden_state=self.decoder.norm(tokens.x), past_key_values=cache)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         return self.core.get_input_embeddings()(input_ids)
@@ -263,16 +282,16 @@ class PrunedModel:
             look, found = self._look_at(kind, torch.stack([pictures[i].pixels for i in numbers]))
             looks[kind] = {number: row for row, number in enumerate(numbers)}, look
             cuts.append(found)
-            crops += [(i, crop) for i in numbers for crop in range(look.layout.shape.crops)]
+            crops += [(i, crop) for i in numbers for crop in range(look.layout.crops)]
         if len(cuts) < 2:
             return looks, cuts[0] if cuts else []
         order = torch.tensor(sorted(range(len(crops)), key=crops.__getitem__), device=pictures[0].pixels.device)
-        sizes = [sum(look.layout.shape.crops for _ in rows) for rows, look in looks.values()]
+        sizes = [len(rows) * look.layout.crops for rows, look in looks.values()]
         return looks, merged([Trace(vision=found) for found in cuts], sizes, order).vision
 
     def _look_at(self, kind: Hashable, pixels: Tensor) -> tuple[Look, list[Kept]]:
         layout, stack = self.front.layout(kind), self.front.stack(kind)
-        crops, plan = layout.shape.crops, self.planner.image(layout.shape)
+        crops, plan = layout.crops, self.planner.image(layout.shape)
         if layout.joins is not None and (plan.vision is not None or plan.image is not None):
             raise ValueError(
                 f"an image of size {kind} is interpolated behind the tower, so that its patches cannot be cut inside it; "
@@ -310,10 +329,11 @@ class PrunedModel:
             slot_of[layout.slots[layout.slots >= 0]] = (layout.slots >= 0).nonzero()[:, 0]
             slot = slot_of[number].view(images, v)
             size, real = (tokens.of_visual(t).reshape(images, v) for t in (tokens.size, tokens.valid))
+            # Raster order, whatever order merging left; behind it what the model's packing leaves out.
+            last, room = len(layout.slots), int((layout.slots >= 0).sum())
             real = real & (slot >= 0)
-            slot = slot.where(slot >= 0, len(layout.slots) - 1)
-            # Raster order, whatever order merging left.
-            raster = slot.argsort(dim=1, stable=True)
+            raster = slot.where(real if v > room else slot >= 0, last).argsort(dim=1, stable=True)[:, :room]
+            slot = slot.where(slot >= 0, last - 1)
             if layout.shape.taps:
                 taps = take(tokens.of_visual(tokens.feature).view(images, v, -1), raster)
         slot, size, real = (t.gather(1, raster) for t in (slot, size, real))

@@ -77,11 +77,12 @@ def _by_crops(name: str, shape: Shape, position_ids: str, per: str, settings: di
             )
         each["keep"] = round(keep / shape.crops) if per == "image" else keep
         whole["keep"] = keep if per == "image" else keep * shape.crops
+    of_image = load_pruner(name, all_of_it, position_ids, **whole)
+    if of_image.vision is None and of_image.image is None:
+        return of_image
     of_crop = load_pruner(name, one, position_ids, **each)
-    if of_crop.language is None:
-        return of_crop
-    in_language = load_pruner(name, all_of_it, position_ids, **whole).language
-    return replace(of_crop, language=in_language).reached_by(of_crop.leaving(shape.patches, shape.crops))
+    reach = of_crop.leaving(shape.patches, shape.crops)
+    return replace(of_crop, language=of_image.language).reached_by(reach)
 
 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}

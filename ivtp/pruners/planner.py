@@ -26,9 +26,11 @@ class Planner:
     _made: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def plan(self) -> Plan:
-        """The plan for one image of the usual size."""
-        return self.image(self.shape)
+    def outline(self) -> Plan:
+        """All of the plan that no image's size changes; its cuts count only where every image has the same."""
+        if not self.shape.by_image or self._keep(self.shape) == {}:
+            return self.image(self.shape)
+        return load_pruner(self.name, self.shape, **(self.settings | {"keep": self.shape.tokens, "per": "image"}))
 
     def image(self, shape: Shape) -> Plan:
         """The plan for one image of this shape."""
@@ -75,6 +77,10 @@ class Fixed:
     """A plan that is given as it is, for the images it was made for."""
 
     plan: Plan
+
+    @property
+    def outline(self) -> Plan:
+        return self.plan
 
     def image(self, shape: Shape) -> Plan:
         """The plan, if it can be carried out on such an image; raises ValueError."""

@@ -54,6 +54,10 @@ def _plan(shape: Shape, keep: int, select: Clusters) -> Plan:
         raise ValueError(f"keep={keep}: prumerge needs at least 2 tokens, one of them for the merged rest")
     if shape.vision.depth < 2:
         raise ValueError(f"prumerge reads the last two ViT layers, but there is {shape.vision.depth}")
+    if shape.unit > 1:
+        raise ValueError(
+            f"prumerge compares the keys of single patches, but this tower cuts the {shape.unit} patches of a unit together"
+        )
     return Plan(vision=Pruner(feature_cut(shape, keep), OneHead(), select, combine, metric=wide_keys))
 
 

@@ -100,14 +100,15 @@ class Tokens:
         This is the only place where a sequence changes length by pruning: every field is rewritten together.
         """
         visual_index = self.visual_index
-        v, k = visual_index.shape[1], selection.index.shape[1]
+        v = visual_index.shape[1]
         kept = take(visual_index, selection.index)
 
-        # The k slots are the first k visual places; the sequence without the other v - k is the new one.
-        stays = self.visual.logical_not().scatter(1, visual_index[:, :k], True)
-        index = torch.argsort((~stays).byte(), dim=1, stable=True)[:, : self.x.shape[1] - v + k]
-        slot = take(self.visual, index).nonzero()[:, 1].view(-1, k)
-        source = index.scatter(1, slot, kept)
+        # What stays keeps its order among the others, between whose visual tokens text or separators may stand. A method
+        # that asks for another order of the kept ones gets it: they share out the places among themselves.
+        others = torch.argsort(self.visual.byte(), dim=1, stable=True)[:, : self.x.shape[1] - v]
+        order = torch.cat([others, kept.sort(dim=1).values], 1).argsort(dim=1, stable=True)
+        source = torch.cat([others, kept], 1).gather(1, order)
+        slot = order.argsort(dim=1)[:, others.shape[1] :]
 
         x, size = reduce(take(self.x, visual_index), take(self.size, visual_index), scores, selection)
         feature = None

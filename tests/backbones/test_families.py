@@ -1,0 +1,132 @@
+"""Family × pruner × {keep all is the model, cut is masked, batch is ones, cached is recomputed}: the README's matrix."""
+
+import pytest
+import torch
+from conftest import close, settings_of
+from families import FAMILIES, SIZES, TEXTS, batch, encode, family, photo
+from reference_families import family_logits
+
+import ivtp
+from ivtp.pruning.pruner import Plan, Pruner
+from ivtp.pruning.reduces import drop
+
+NEW = [name for name in FAMILIES if name != "llava"]
+"""LLaVA-1.5 has the whole of test_every_pruner.py; here it stands for several images and prompts without any."""
+PRUNERS = ivtp.list_pruners()
+TOKENS = 3
+
+
+KEEP = {"llava": 11, "llava_next": 41, "llava_onevision": 41, "qwen2_5_vl": 11, "qwen3_vl": 11, "internvl": 15}
+"""Visual tokens of an image that stay: some of each crop."""
+
+
+def settings(name: str, model) -> tuple[dict, Plan]:
+    """Settings (and the plan for one image) under which a method runs on these small models; skips, in words, where it cannot."""
+    kind = model.config.model_type
+    keep, sized = KEEP[kind], {} if kind == "llava" else {"image": SIZES.get(kind, (70, 56))}
+    shape = ivtp.shape_of(model, **sized)
+    asked = settings_of(name, keep=keep)
+    if name == "vispruner":
+        asked["important_ratio"] = 1.0  # its diverse part needs 8 tokens of every crop
+    guided = model.config.vision_config.model_type == "clip_vision_model"
+    if name == "ivtp" and not guided:
+        asked["reference"] = "last"
+    if name == "cdpruner" and not guided:
+        pytest.skip("cdpruner compares patches with the instruction in CLIP's joint space, and this tower is no CLIP's")
+    try:
+        plan = ivtp.load_pruner(name, shape, **asked)
+    except ValueError as error:
+        for reason in ("class token", "CLS", "no product", "own size", "shrunk", "patches of a unit"):
+            if reason in str(error):
+                pytest.skip(f"{name} refuses this model: {error}")
+        raise
+    return asked, plan
+
+
+def generate(model, inputs):
+    out = model.generate(
+        **inputs, do_sample=False, max_new_tokens=TOKENS, return_dict_in_generate=True, output_logits=True
+    )
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+def pruned(model, name, asked, inputs):
+    with ivtp.prune(model, name, **asked) as run:
+        sequences, logits = generate(model, inputs)
+        return sequences, logits, run.trace
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("kind", NEW)
+def test_keeping_everything_is_the_untouched_model(kind, name):
+    """A method that keeps all tokens must not change a bit of what the family's own forward and generate give."""
+    model, inputs = family(kind)[0], batch(kind)
+    asked, _ = settings(name, model)
+    if "keep" in asked:
+        asked["keep"] = 10**6  # more than any image has
+    expected = generate(model, inputs)
+    actual = pruned(model, name, asked, inputs)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("kind", NEW)
+def test_cutting_tokens_is_hiding_them_from_the_untouched_model(kind, name):
+    """Logits of the prompt's end and of decoded tokens: positions (M-RoPE), caches, windows, newlines, taps are right."""
+    model, inputs = family(kind)[0], batch(kind)
+    asked, plan = settings(name, model)
+    for pruner in (plan.vision, plan.language):
+        if pruner is not None and not (isinstance(pruner, Pruner) and pruner.reduce is drop):
+            pytest.skip(f"{name} blends what it removes into what it keeps; hiding by a mask is not the same")
+    sequences, logits, trace = pruned(model, name, asked, inputs)
+    full, seen = family_logits(model, inputs, sequences, trace)
+    close(logits, full[:, inputs["input_ids"].shape[1] - 1 : -1], 3e-5)
+    if name != "none":
+        visual = (inputs["input_ids"] == model.config.image_token_id).sum(1)
+        hidden = (inputs["attention_mask"].bool() & ~seen[:, : inputs["input_ids"].shape[1]]).sum(1)
+        assert bool((hidden > visual // 4).all()), "hardly anything was cut"
+    kept = trace.kept
+    if kept is not None and not (name == "grid_stride"):
+        assert len({tuple(p[v].tolist()) for p, v in zip(kept.position, kept.valid, strict=True)}) > 1
+
+
+def mixed(kind: str) -> tuple[list[str], list[list], dict]:
+    """Prompts with one image, another size, two images, and none."""
+    height, width = {"llava": (35, 35)}.get(kind, (84, 42))
+    first, second, third = photo(height, width, 1), photo(width, height, 2), photo(70, 70, 3)
+    texts = [*TEXTS, "the red cube"]
+    images = [[first], [second], [third, first], []]
+    return texts, images, encode(kind, texts, images)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_mixed_batch_is_its_prompts_alone(kind, name):
+    """One image, another size, two images, none: nothing of a prompt's answer or tokens depends on its neighbours."""
+    model = family(kind)[0]
+    asked, _ = settings(name, model)
+    if name == "downsample" and kind.startswith("llava_"):
+        pytest.skip("downsample's budget must make a grid in every crop, and images of other sizes have other crops")
+    texts, images, inputs = mixed(kind)
+    _, together, trace = pruned(model, name, asked, inputs)
+    for i in (3, 2, 0, 1):
+        _, alone, own = pruned(model, name, asked, encode(kind, texts[i : i + 1], images[i : i + 1]))
+        close(together[i], alone[0], 3e-5)
+        for cut, batched in zip(own.language, trace.language, strict=True) if images[i] else ():
+            real, expected = batched.valid[i], cut.valid[0]
+            assert batched.position[i][real].tolist() == cut.position[0][expected].tolist()
+        assert images[i] or not own.language
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", ["none", "rollout", "fastv", "ivtp"])
+def test_a_mixed_batch_is_the_masked_model(kind, name):
+    """Several images and prompts without any against the unmodified forward; "none" is the family's own answer."""
+    model = family(kind)[0]
+    texts, images, inputs = mixed(kind)
+    sequences, logits, trace = pruned(model, name, settings(name, model)[0], inputs)
+    full, _ = family_logits(model, inputs, sequences, trace)
+    close(logits, full[:, inputs["input_ids"].shape[1] - 1 : -1], 3e-5)
+    if name == "none":
+        close(logits, generate(model, inputs)[1], 3e-5)
