@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ivtp.backbones import FAMILIES, ModelError, family, one_line
+from ivtp.backbones import LANGUAGE, ModelError, family, one_line
 from ivtp.backbones.shared import SharedVision
 from ivtp.pruners.planner import Fixed, Planner
 from ivtp.pruners.sites import part1_layers
@@ -30,6 +31,9 @@ def load_model(
     device: str = "cpu",
     revision: str | None = None,
     attn_implementation: str | None = None,
+    device_map: str | dict | None = None,
+    load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
 ):
     """A frozen model and its processor, ready for `prune`.
 
@@ -37,6 +41,9 @@ def load_model(
     text_encoder  the CLIP text encoder paired with the vision tower: a folder or hub id, "open_clip:NAME@PRETRAINED",
                   or an object with `encode` and `project`; default: the folder `clip` inside the checkpoint, or the
                   CLIP that the tower is known to come from. It is loaded only when a plan asks for it.
+    device_map    accelerate's: where each part of the model goes, in place of `device`
+    load_in_4bit  weights in 4 bits (NF4) by bitsandbytes; they stay where they are loaded
+    trust_remote_code  run code that comes with a checkpoint; never unless asked
     Raises ModelError, in one line, for what is missing, truncated, or not stored as safetensors.
     """
     if isinstance(source, nn.Module):
@@ -44,31 +51,47 @@ def load_model(
         where = getattr(source, "name_or_path", "") or ""
     else:
         where = str(EMBEDDED.get(str(source), source))
-        model, found = _from_pretrained(where, dtype, revision, attn_implementation)
+        placed = _placed(device, device_map, load_in_4bit)
+        more = placed | ({"attn_implementation": attn_implementation} if attn_implementation else {})
+        model, found = _from_pretrained(where, dtype, revision, trust_remote_code, more)
         processor = processor or found
     from ivtp.backbones.companions import accompany
 
-    model = model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False)
+    if isinstance(source, nn.Module) or not placed:
+        model = model.to(device)
     accompany(model, processor, text_encoder or _clip_inside(where))
     return model, processor
 
 
-def _from_pretrained(where: str, dtype: str, revision: str | None, attn_implementation: str | None):
+def _placed(device: str, device_map: str | dict | None, load_in_4bit: bool) -> dict:
+    """What tells transformers where weights go and how they are stored, if it has to know."""
+    if load_in_4bit:
+        if find_spec("bitsandbytes") is None:
+            raise ModelError("4-bit weights need bitsandbytes: pip install bitsandbytes, or leave load_in_4bit out")
+        from transformers import BitsAndBytesConfig
+
+        quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        return {"quantization_config": quantised, "device_map": device_map or {"": device}}
+    return {} if device_map is None else {"device_map": device_map}
+
+
+def _from_pretrained(where: str, dtype: str, revision: str | None, trust_remote_code: bool, more: dict):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    _config(where, revision)
-    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    _config(where, revision, trust_remote_code)
+    given = {"revision": revision, "trust_remote_code": trust_remote_code}
     with one_line(where):
         model, info = AutoModelForImageTextToText.from_pretrained(
-            where, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
+            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **given, **more
         )
-        processor = AutoProcessor.from_pretrained(where, revision=revision)
+        processor = AutoProcessor.from_pretrained(where, **given)
     if info["missing_keys"]:
         raise ModelError(f"{where} lacks weights, e.g. {sorted(info['missing_keys'])[0]}; the checkpoint is incomplete")
     return model, processor
 
 
-def _config(where: str, revision: str | None):
+def _config(where: str, revision: str | None, trust_remote_code: bool = False):
     """The config of a checkpoint of a supported language-vision family."""
     from transformers import AutoConfig
 
@@ -76,9 +99,9 @@ def _config(where: str, revision: str | None):
     if folder.is_absolute() or where.startswith(("./", "../")) or folder.exists():
         _check_folder(folder)
     with one_line(where):
-        config = AutoConfig.from_pretrained(where, revision=revision)
-    if config.model_type not in FAMILIES or not hasattr(config, "text_config"):
-        raise ModelError(f"{where} is a {config.model_type!r} model; supported: llava")
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    if config.model_type not in LANGUAGE:
+        raise ModelError(f"{where} is a {config.model_type!r} model; supported: {', '.join(LANGUAGE)}")
     return config
 
 
@@ -115,13 +138,15 @@ def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
     return shape(model, image)
 
 
-def source_shape(source: str, text_encoder: str | None = None, revision: str | None = None) -> Shape:
+def source_shape(
+    source: str, text_encoder: str | None = None, revision: str | None = None, image: tuple[int, int] | None = None
+) -> Shape:
     """The same of a checkpoint, from its configs alone: no weights are read."""
     from ivtp.backbones.companions import text_sizes
 
     where = str(EMBEDDED.get(str(source), source))
     config = _config(where, revision)
-    return replace(shape_of(config), **text_sizes(config, text_encoder or _clip_inside(where)))
+    return replace(shape_of(config, image), **text_sizes(config, text_encoder or _clip_inside(where)))
 
 
 @contextmanager

@@ -28,11 +28,11 @@ def photo(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(large.permute(1, 2, 0).numpy())
 
 
-def tokenizer(*special: str, **names: str):
-    made = byte_tokenizer(padding_side="left", pad_token="<end>")
-    made.add_special_tokens({"additional_special_tokens": list(special)} if not names else names | {
-        "additional_special_tokens": list(special)
-    })
+def tokenizer(*special: str, **named: str):
+    """Byte pairs with the special tokens of a family; named ones become the tokenizer's attributes."""
+    more = {"extra_special_tokens": named} if named else {}
+    made = byte_tokenizer(padding_side="left", pad_token="<end>", **more)
+    made.add_special_tokens({"additional_special_tokens": [*special, *named.values()]})
     return made
 
 
@@ -43,7 +43,8 @@ def build(model_class, config, seed: int = 5):
     return model
 
 
-def llava_1_5(text: str = "llama"):
+def llava_1_5(width: int | None = None):
+    """`width`: of all layers, for kernels that ask for round numbers."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -54,10 +55,10 @@ def llava_1_5(text: str = "llama"):
     )
 
     words = tokenizer("<image>")
-    vision = CLIPVisionConfig(**TOWER, image_size=35, patch_size=7)
+    round_numbers = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4} if width else {}
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**TEXT, vocab_size=len(words)),
+        vision_config=CLIPVisionConfig(**TOWER | round_numbers, image_size=35, patch_size=7),
+        text_config=LlamaConfig(**TEXT | round_numbers, vocab_size=len(words)),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_seq_length=25,
     )
@@ -232,12 +233,7 @@ def internvl():
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }
-    words = tokenizer(**{})
-    words.add_special_tokens({"additional_special_tokens": list(names.values())})
-    for name, token in names.items():
-        setattr(words, name, token)
-        setattr(words, f"{name}_id", words.convert_tokens_to_ids(token))
-    words.init_kwargs |= {"extra_special_tokens": names}
+    words = tokenizer(**names)
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
             **TOWER, image_size=[42, 42], patch_size=[7, 7], use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=False

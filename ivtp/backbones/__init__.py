@@ -30,6 +30,10 @@ FAMILIES = {
 }
 
 
+LANGUAGE = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl")
+"""Those that answer in words."""
+
+
 class ModelError(UserError):
     """A model that is not there, not readable or not supported."""
 

@@ -92,7 +92,11 @@ class Tokens:
         return take(values, self.visual_index)
 
     def with_x(self, x: Tensor) -> Tokens:
-        return replace(self, x=x)
+        """New hidden states; where a layer lies on another device, all goes there with them."""
+        if x.device == self.x.device:
+            return replace(self, x=x)
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "x"}
+        return Tokens(x, **{name: None if value is None else value.to(x.device) for name, value in fields.items()})
 
     def keep(self, selection: Selection, reduce, scores: Tensor | None) -> Tokens:
         """Shorten the sequence to the selected visual tokens; all others stay, in place.
