@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ivtp.command import command
 from ivtp.data.scenes import FAMILIES
+from ivtp.report.wandb_run import logged_in
 from ivtp.registry import UserError
 
 
@@ -92,7 +93,7 @@ def save(view) -> str:
     import requests
     import wandb
 
-    if not wandb.login(prompt=False):
+    if not logged_in():
         raise UserError("not logged in to Weights & Biases; run `wandb login` first")
     try:
         return view.save().url
