@@ -72,9 +72,11 @@ def textvqa(i, image, q):
 
 
 def pope(i, image, q):
+    """One label is wrong, so that no model is right about everything."""
     q = q["exist"]
+    answer = {"yes": "no", "no": "yes"}[q.answer] if i == 5 else q.answer
     return {
-        "id": str(i), "question_id": str(i), "question": q.text, "answer": q.answer, "image_source": f"s{i}", "image": image,
+        "id": str(i), "question_id": str(i), "question": q.text, "answer": answer, "image_source": f"s{i}", "image": image,
         "category": ("adversarial", "popular", "random")[i % 3],
     }  # fmt: skip
 

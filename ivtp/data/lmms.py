@@ -54,6 +54,28 @@ class Score:
     main: bool
 
 
+def shown(visuals: Sequence | None, text: str, chat: bool) -> dict:
+    """What a sample shows: `images` and `question`; of messages also those, without the images in them.
+
+    visuals  what `doc_to_visual` gave, or with `chat` what `doc_to_messages` gave; text: the prompt, where it is not chat
+    """
+    more: dict = {"question": text}
+    if chat:
+        parts = [part for message in visuals for part in message["content"]]
+        images = [part["url"] for part in parts if part["type"] != "text"]
+        bare = [
+            {**message, "content": [p if p["type"] == "text" else {"type": "image"} for p in message["content"]]}
+            for message in visuals
+        ]
+        more = {"question": "\n".join(p["text"] for p in parts if p["type"] == "text"), "messages": bare}
+    else:
+        images = list(visuals or [])
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise DataError(f"it shows a {type(image).__name__}, and only images can be pruned here")
+    return more | {"images": [image.convert("RGB") for image in images]}
+
+
 class LmmsTask(Dataset):
     """One task. Items have the fields of `Scenes`, but `images`, a list, in place of `image`; with `chat` also `messages`.
 
@@ -109,22 +131,11 @@ class LmmsTask(Dataset):
         return len(self.requests)
 
     def __getitem__(self, place: int) -> dict:
-        sample, doc = self._text(place), self._docs[place]
-        if self.chat:
-            messages = [dict(message) for message in self._ask(self.task.doc_to_messages, doc, place)]
-            images = [part["url"] for m in messages for part in m["content"] if part["type"] != "text"]
-            texts = [part["text"] for m in messages for part in m["content"] if part["type"] == "text"]
-            for message in messages:  # the images themselves are handed over beside them
-                message["content"] = [part if part["type"] == "text" else {"type": "image"} for part in message["content"]]
-            sample |= {"messages": messages, "question": "\n".join(texts)}
-        else:
-            images = self._ask(self.task.doc_to_visual, doc, place) or []
-        for image in images:
-            if not isinstance(image, Image.Image):
-                kind = type(image).__name__
-                raise DataError(f"task {self.name!r} shows a {kind} in document {place}; only images can be pruned here")
-        images = [image.convert("RGB") for image in images]
-        return sample | {"images": images, "image_id": self._image_id(place), "patches": torch.zeros(self.patches).bool()}
+        function = self.task.doc_to_messages if self.chat else self.task.doc_to_visual
+        with self._failing(f"cannot show document {place}"):
+            seen = shown(function(self._docs[place]), self.requests[place].args[0], self.chat)
+        patches = torch.zeros(self.patches, dtype=torch.bool)
+        return self._text(place) | seen | {"image_id": self._image_id(place), "patches": patches}
 
     def sketch(self, place: int) -> tuple[dict, bytes]:
         """An item without its images, and a hash of the document with them, which are not opened for it."""
@@ -187,11 +198,8 @@ class LmmsTask(Dataset):
         if self.task.config.num_fewshot is None:
             self.task.set_config("num_fewshot", 0)
         self.task.set_fewshot_seed(1234)  # as its evaluator does
-        try:
-            with redirect_stderr(StringIO()):
-                self.task.build_all_requests(limit=limit)
-        except Exception as error:
-            raise DataError(f"task {self.name!r} cannot ask about its documents: {first_line(error)}") from error
+        with redirect_stderr(StringIO()), self._failing("cannot ask about its documents"):
+            self.task.build_all_requests(limit=limit)
         return self.task.instances
 
     def _process(self, place: int, doc: dict, text: str) -> dict:
@@ -263,17 +271,15 @@ class LmmsTask(Dataset):
 
     @contextmanager
     def _judging(self, what: str) -> Iterator[None]:
-        with judged_by(self._judge, self.name):
-            try:
-                yield
-            except Exception as error:  # anything: it is the task's own code
-                raise DataError(f"task {self.name!r} {what}: {first_line(error)}") from error
+        with judged_by(self._judge, self.name), self._failing(what):
+            yield
 
-    def _ask(self, function: Callable, doc: dict, place: int):
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
         try:
-            return function(doc)
-        except Exception as error:
-            raise DataError(f"task {self.name!r} cannot show document {place}: {first_line(error)}") from error
+            yield
+        except Exception as error:  # anything: it is the task's own code
+            raise DataError(f"task {self.name!r} {what}: {first_line(error)}") from error
 
     # Documents -----------------------------------------------------------------------------------------------------
 
@@ -287,9 +293,15 @@ class LmmsTask(Dataset):
         return {
             "id": self._id(place),
             "question": self.requests[place].args[0],
-            "answer": str(self._ask(self.task.doc_to_target, doc, place)),
+            "answer": self._answer(place, doc),
             "family": str(doc[self.family]) if self.family is not None else "all",
         }
+
+    def _answer(self, place: int, doc: dict) -> str:
+        with self._failing(f"cannot say the answer of document {place}"):
+            answer = str(self.task.doc_to_target(doc))
+        # Some name a column that there is not: their real answers are in what they process.
+        return "" if answer == self.task.config.doc_to_target else answer
 
     @property
     def _docs(self):
