@@ -83,9 +83,7 @@ class Evaluator:
         metrics = summary(outcomes) | measured(self.data.scores(outcomes, self.folder))
         rate = (len(outcomes) - before) / module.seconds if module.seconds else None
         speed = f", {rate:.0f} questions/s" if rate else ""
-        self.console.print(
-            f"{title}: {headline(metrics)}, {row.cost.total / 1e9:.4g} GFLOPs{speed}", soft_wrap=True
-        )
+        self.console.print(f"{title}: {headline(metrics)}, {row.cost.total / 1e9:.4g} GFLOPs{speed}", soft_wrap=True)
         plan = row.plan
         return {
             "key": key,

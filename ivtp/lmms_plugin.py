@@ -19,7 +19,7 @@ from ivtp.data.batches import CHAT, Batch, Collate
 from ivtp.data.generation import cut, settings, stops
 from ivtp.data.lmms import shown
 from ivtp.evaluation.answer import respond
-from ivtp.models import EMBEDDED, load_model, shape_of
+from ivtp.models import load_model, shape_of
 from ivtp.pruners import load_pruner
 from ivtp.registry import UserError
 

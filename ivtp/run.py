@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> Path:
     model, processor = build.build_model(config, device)
     shape = build.shape_of(model)
     data = build.build_data(config, processor, shape, config.trainer.batch_size)
-    text, instruction = prompt_lengths(data.survey.questions, data.collate)
+    text, instruction = prompt_lengths(data.survey, processor)
     planned = build.plan_rows(rows, shape, text, instruction)
     identity = {
         "model": build.model_identity(config, model),
@@ -187,13 +187,11 @@ def pick_device(config) -> str:
     return device
 
 
-def prompt_lengths(questions: Sequence[str], collate) -> tuple[int, int]:
+def prompt_lengths(survey, processor) -> tuple[int, int]:
     """Mean tokens of a prompt without its image, and of an instruction with the text encoder's two marks."""
-    tokenizer = collate.processor.tokenizer
-    image = tokenizer.convert_tokens_to_ids(collate.image_token)
-    texts = [collate.render({"id": question, "question": question, "image": None}) for question in questions]
-    around = [len(ids) - ids.count(image) for ids in tokenizer(texts)["input_ids"]]
-    alone = [len(ids) + 2 for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
+    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    around = [len(ids) - ids.count(image) for ids in processor.tokenizer(survey.prompts)["input_ids"]]
+    alone = [len(ids) + 2 for ids in processor.tokenizer(survey.questions, add_special_tokens=False)["input_ids"]]
     return round(sum(around) / len(around)), round(sum(alone) / len(alone))
 
 

@@ -33,7 +33,9 @@ def options(i: int, answer: str) -> tuple[dict[str, str], str]:
 
 def vqav2(i, image, q):
     q = q["attribute"]
-    answers = [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(ten(q.answer, "thing", "it"))]
+    answers = [
+        {"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(ten(q.answer, "thing", "it"))
+    ]
     return {
         "question_type": "what", "multiple_choice_answer": q.answer, "answers": answers, "image_id": i, "answer_type": "other",
         "question_id": 100 + i, "question": q.text, "image": image, "answer": q.answer,
@@ -42,7 +44,13 @@ def vqav2(i, image, q):
 
 def gqa(i, image, q):
     q = q["spatial"] if i % 2 else q["attribute"]
-    return {"id": f"q{i}", "imageId": f"n{i}", "question": q.text, "answer": q.answer, "fullAnswer": f"It is {q.answer}."}
+    return {
+        "id": f"q{i}",
+        "imageId": f"n{i}",
+        "question": q.text,
+        "answer": q.answer,
+        "fullAnswer": f"It is {q.answer}.",
+    }
 
 
 def vizwiz(i, image, q):
@@ -158,10 +166,15 @@ def write(name: str, folder: Path, rows: int = ROWS) -> Path:
     scenes = [scene(i) for i in range(rows)]
     store([make(i, *scenes[i]) for i in range(rows)], split)
     if name == "gqa":
-        store([{"id": f"n{i}", "image": image} for i, (image, _) in enumerate(scenes)], "testdev_balanced_images/testdev")
+        store(
+            [{"id": f"n{i}", "image": image} for i, (image, _) in enumerate(scenes)], "testdev_balanced_images/testdev"
+        )
     parts = [place.parent.name for place in folder.rglob("*.parquet") if place.parent.name != "data"]
     if parts:  # several parts: the hub declares them in the README
-        lines = [f"- config_name: {part}\n  data_files:\n  - split: {next((folder / part).glob('*')).name.split('-')[0]}\n"
-                 f"    path: {part}/*.parquet\n" for part in parts]
+        lines = [
+            f"- config_name: {part}\n  data_files:\n  - split: {next((folder / part).glob('*')).name.split('-')[0]}\n"
+            f"    path: {part}/*.parquet\n"
+            for part in parts
+        ]
         (folder / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n")
     return folder

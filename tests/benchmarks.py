@@ -41,8 +41,9 @@ def caches():
     with tempfile.TemporaryDirectory(prefix="ivtp-datasets-") as place:
         datasets.disable_progress_bars()
         task._resolve_hf_datasets_cache_dir.cache_clear()
-        with patch.object(datasets.config, "HF_DATASETS_CACHE", place), patch.dict(
-            os.environ, LMMS_EVAL_DATASETS_CACHE=place, LMMS_EVAL_HOME=place
+        with (
+            patch.object(datasets.config, "HF_DATASETS_CACHE", place),
+            patch.dict(os.environ, LMMS_EVAL_DATASETS_CACHE=place, LMMS_EVAL_HOME=place),
         ):
             yield place
         task._resolve_hf_datasets_cache_dir.cache_clear()
@@ -96,7 +97,12 @@ def replay(definition: dict, answers: dict[int, str], output: Path) -> dict[str,
 
     with patch("datasets.load_dataset", near), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         found = simple_evaluate(
-            Replay(), tasks=[definition["task"]], task_manager=manager, cli_args=args, bootstrap_iters=0, log_samples=False
+            Replay(),
+            tasks=[definition["task"]],
+            task_manager=manager,
+            cli_args=args,
+            bootstrap_iters=0,
+            log_samples=False,
         )
     values = found["results"][definition["task"]]
     return {

@@ -45,9 +45,13 @@ class Collate:
         self.processor, self.prompt, self.image_token = processor, prompt, processor.image_token
         if prompt == CHAT:
             if not getattr(processor, "chat_template", None):
-                raise DataError("model.prompt=chat, but this processor has no chat template; give a prompt with {question}")
+                raise DataError(
+                    "model.prompt=chat, but this processor has no chat template; give a prompt with {question}"
+                )
         elif prompt.count("{question}") != 1 or prompt.count(self.image_token) != 1:
-            raise DataError(f"prompt {prompt!r} must contain {{question}} once and {self.image_token} once, or be 'chat'")
+            raise DataError(
+                f"prompt {prompt!r} must contain {{question}} once and {self.image_token} once, or be 'chat'"
+            )
         processor.tokenizer.padding_side = "left"
 
     def __call__(self, samples: list[dict]) -> Batch:
@@ -84,10 +88,14 @@ class Collate:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run has to know of all samples before the first; `hash` covers ids, texts, pixels and asked patches."""
+    """What a run has to know of all samples before the first; `hash` covers ids, texts, pixels and asked patches.
+
+    prompts  the questions as the model reads them, with one image token for an image
+    """
 
     ids: list[str]
     questions: list[str]
+    prompts: list[str]
     hash: str
 
 
@@ -115,15 +123,18 @@ class QuestionData(L.LightningDataModule):
     @cached_property
     def survey(self) -> Survey:
         """Every sample looked at once: opening its image may be the dearest part of a start."""
-        ids, questions, digest = [], [], hashlib.sha256()
+        ids, questions, prompts, digest = [], [], [], hashlib.sha256()
         sketch = getattr(self.source, "sketch", self._open)
         for place in range(len(self.data)):
             sample, content = sketch(place)
             ids.append(sample["id"])
             questions.append(sample["question"])
+            if "image" not in sample:  # it was not opened: as many as the question has places for, at least one
+                sample["images"] = [None] * max(1, sample["question"].count(self.collate.image_token))
+            prompts.append(self.collate.render(sample))
             digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
             digest.update(content)
-        return Survey(ids, questions, digest.hexdigest()[:16])
+        return Survey(ids, questions, prompts, digest.hexdigest()[:16])
 
     def _open(self, place: int) -> tuple[dict, bytes]:
         sample = self.data[place]

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from ivtp.data.questions import DataError
 
-PASSED = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size")
+PASSED = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "num_beams",
+    "length_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
 DEFAULT_NEW_TOKENS = 1024
 """Where a task says nothing; so do lmms-eval's own LLaVA models."""
 

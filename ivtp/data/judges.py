@@ -42,7 +42,11 @@ def checked(judge: Mapping | None) -> dict[str, str] | None:
 @contextmanager
 def environment(judge: Mapping[str, str] | None) -> Iterator[None]:
     """Within, lmms-eval finds this judge in the environment, and prints nothing."""
-    with patch.dict(os.environ, NOBODY if judge is None else judge), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    with (
+        patch.dict(os.environ, NOBODY if judge is None else judge),
+        redirect_stdout(StringIO()),
+        redirect_stderr(StringIO()),
+    ):
         yield
 
 

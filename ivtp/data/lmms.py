@@ -139,7 +139,8 @@ class LmmsTask(Dataset):
 
     def sketch(self, place: int) -> tuple[dict, bytes]:
         """An item without its images, and a hash of the document with them, which are not opened for it."""
-        digest = hashlib.sha256(json.dumps(self._plain[place], sort_keys=True, default=lambda value: type(value).__name__).encode())
+        doc = json.dumps(self._plain[place], sort_keys=True, default=lambda value: type(value).__name__)
+        digest = hashlib.sha256(doc.encode())
         digest.update(self._image_id(place).encode())
         return self._text(place), digest.digest()
 
@@ -223,7 +224,11 @@ class LmmsTask(Dataset):
         return values
 
     def _aggregate(self, aggregate: Callable, values: Sequence, folder: Path) -> float | None:
-        more = {"args": SimpleNamespace(output_path=str(folder))} if "args" in inspect.signature(aggregate).parameters else {}
+        more = (
+            {"args": SimpleNamespace(output_path=str(folder))}
+            if "args" in inspect.signature(aggregate).parameters
+            else {}
+        )
         with self._judging(f"cannot aggregate {len(values)} documents"):
             found = aggregate(values, **more)
         return float(found) if isinstance(found, (int, float)) or hasattr(found, "item") else None
@@ -254,9 +259,8 @@ class LmmsTask(Dataset):
         return float(value) if is_number and math.isfinite(float(value)) else None
 
     def _try(self) -> None:
-        """Before any model works: does the task judge its first document, does it need a judge, and is that one there?"""
-        sample = self._text(0)
-        values = self.judge(sample, UNREADABLE)["scores"]
+        """Before any model works: does the task show and judge its first document, and does the judge answer if it asks one?"""
+        values = self.judge(self[0], UNREADABLE)["scores"]
         with TemporaryDirectory() as folder:
             for name, value in values.items():
                 aggregate = self.task.aggregation().get(name.rpartition(",")[0])
@@ -324,5 +328,7 @@ class LmmsTask(Dataset):
                 for image in cell if isinstance(cell, list) else [cell]:
                     if isinstance(image, dict) and set(image) == {"bytes", "path"}:
                         found = True
-                        digest.update(image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes())
+                        digest.update(
+                            image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+                        )
         return digest.hexdigest()[:16] if found else self._id(place)

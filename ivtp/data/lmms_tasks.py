@@ -37,8 +37,10 @@ def load_task(
         raise UnknownName(unknown("task of lmms-eval:", name, index))
     entry = index[name]
     if entry["type"] != "task":
-        members = entry["task"] if isinstance(entry["task"] if "task" in entry else None, list) else listed(entry)
-        raise DataError(f"{name!r} is a {entry['type'].replace('_', ' ')} of lmms-eval, not one task; choose of {members}")
+        members = listed(entry)
+        raise DataError(
+            f"{name!r} is a {entry['type'].replace('_', ' ')} of lmms-eval, not one task; choose of {members}"
+        )
     with environment(judge):
         config = read(name, entry["yaml_path"])
         refuse(name, config)
@@ -69,12 +71,13 @@ def task_index() -> dict[str, dict]:
 
 
 def listed(entry: dict) -> str:
-    """What a group of tasks holds, as text."""
+    """The tasks of a group or tag, as text."""
     from lmms_eval.utils import load_yaml_config
 
-    if entry["type"] != "group":
-        return "those that are not a class of their own"
-    return ", ".join(str(m) if isinstance(m, str) else str(m.get("task")) for m in load_yaml_config(entry["yaml_path"], mode="simple")["task"])
+    if entry["type"] == "python_task":
+        return "those that are defined by a YAML alone"
+    members = entry["task"] if entry["type"] == "tag" else load_yaml_config(entry["yaml_path"], mode="simple")["task"]
+    return ", ".join(str(member.get("task") if isinstance(member, dict) else member) for member in members)
 
 
 def read(name: str, path: str) -> dict:
@@ -96,7 +99,9 @@ def refuse(name: str, config: dict) -> None:
     if more.get("video") or more.get("From_YouTube"):
         raise DataError(f"task {name!r} asks about videos; only images can be pruned here")
     if (config.get("repeats") or 1) > 1:
-        raise DataError(f"task {name!r} samples {config['repeats']} answers to each question; here each is answered once")
+        raise DataError(
+            f"task {name!r} samples {config['repeats']} answers to each question; here each is answered once"
+        )
 
 
 def set_prompt(name: str, config: dict, preset: str, prompt: Mapping) -> None:
@@ -161,7 +166,14 @@ def make(name: str, config: dict, model: str, chat: bool):
     from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 
     base = ConfigurableMessagesTask if chat else ConfigurableTask
-    once = {step: getattr(base, step).__wrapped__ for step in ("download", "process_results")}
+
+    def download(task, dataset_kwargs=None) -> None:
+        base.download.__wrapped__(task, dataset_kwargs)
+        split = task.config.test_split or task.config.validation_split
+        if split not in task.dataset:
+            raise DataError(f"it has no split {split!r}, but {', '.join(task.dataset)}")
+
+    once = {"download": download, "process_results": base.process_results.__wrapped__}
     if (config.get("dataset_kwargs") or {}).get("token") is True and get_token() is None:
         config["dataset_kwargs"] = {**config["dataset_kwargs"], "token": None}  # most are public
     where, parts = config.get("dataset_path"), config.get("dataset_name")
@@ -170,9 +182,12 @@ def make(name: str, config: dict, model: str, chat: bool):
     except Exception as error:  # of the network, of the hub, of the schema, of the task's own code
         copy = f"hf download {where} --repo-type dataset --local-dir FOLDER"
         hint = "" if Path(str(where)).exists() else f"; offline, give data.path=FOLDER, a copy made by `{copy}`"
-        raise DataError(f"data set {where}{f' ({parts})' if parts else ''} of task {name!r}: {first_line(error)}{hint}") from error
+        part = f" ({parts})" if parts else ""
+        raise DataError(f"data set {where}{part} of task {name!r}: {first_line(error)}{hint}") from error
 
 
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, DataError):
+        return lines[0]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

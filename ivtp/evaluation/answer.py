@@ -35,9 +35,9 @@ class Answer(L.LightningModule):
     """Answers every question under `plan` and hands each sample's outcome to `record`, batch by batch.
 
     An outcome is a dict: id, image, family, question; answer, prediction, correct and what else `judge` says; early (the
-    answer read out after part 1), early_correct, kept (patch indices after the last cut), hit (some kept token lies on what was asked about), share
-    (of kept tokens there), words (of the instruction, with their relevance); of samples whose id is in `watch` also
-    lived (see there).
+    answer read out after part 1), early_correct, kept (patch indices after the last cut), hit (some kept token lies on
+    what was asked about), share (of kept tokens there), words (of the instruction, with their relevance); of samples
+    whose id is in `watch` also lived (see there).
     """
 
     def __init__(

@@ -56,7 +56,8 @@ def error(scores: Sequence, value: float) -> float:
     without = []
     for left_out in range(count):
         kept = [
-            [v for v, name in zip(score.values, score.clusters, strict=True) if group[name] != left_out] for score in scores
+            [v for v, name in zip(score.values, score.clusters, strict=True) if group[name] != left_out]
+            for score in scores
         ]
         try:
             without.append(sum(score.aggregate(values) for score, values in zip(scores, kept, strict=True)))

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from ivtp.command import command
 from ivtp.data.scenes import FAMILIES
-from ivtp.report.wandb_run import logged_in
 from ivtp.registry import UserError
+from ivtp.report.wandb_run import logged_in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -151,7 +151,10 @@ def test_anything_else_is_refused_in_one_line(arguments, capsys):
 
 
 def test_without_a_login_nothing_is_sent(capsys):
-    with patch("ivtp.report.wandb_view.logged_in", return_value=False), patch("wandb_workspaces.workspaces.Workspace.save") as save:
+    with (
+        patch("ivtp.report.wandb_view.logged_in", return_value=False),
+        patch("wandb_workspaces.workspaces.Workspace.save") as save,
+    ):
         assert main(["team/ivtp"]) == 2
     assert not save.called
     assert "wandb login" in one_line(capsys.readouterr().err)
