@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ivtp.data.batches import Collate, QuestionData
+from ivtp.data.batches import CHAT, Collate, QuestionData
 from ivtp.models import EMBEDDED, load_model, shape_of, source_shape
 from ivtp.pruners import PRUNERS, load_pruner
 from ivtp.pruners.budget import solve
@@ -92,8 +92,14 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
         from ivtp.data.questions import Questions
 
         data = Questions(c.path, shape.patches)
+    elif c.name == "lmms":
+        from ivtp.data.lmms import LmmsTask
+
+        asked = OmegaConf.to_container(c)
+        name, _ = asked.pop("task"), asked.pop("name")
+        data = LmmsTask(name, shape.patches, chat=config.model.prompt == CHAT, **asked)
     else:
-        raise UserError(f"data.name={c.name!r} is not one of scenes, folder")
+        raise UserError(f"data.name={c.name!r} is not one of scenes, folder, lmms")
     return QuestionData(data, Collate(processor, config.model.prompt), batch_size, c.limit)
 
 

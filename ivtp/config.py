@@ -46,7 +46,7 @@ CHOICES = {
     "measure": (True, False),
     "pictures": ("images", "questions"),
 }
-TEXTS = ("name", "output", "model.source", "model.prompt", "data.path")
+TEXTS = ("name", "output", "model.source", "model.prompt", "data.path", "data.task")
 
 
 class ConfigError(UserError):
@@ -119,6 +119,8 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}")
     for key in TEXTS:
         value = OmegaConf.select(config, key, default="-")
+        if value is None and key == "data.path" and config.data.name == "lmms":
+            continue  # the task's own data set
         if not isinstance(value, str) or not value.strip():
             raise ConfigError(f"{key}={value!r} must be a text that is not empty")
     if Path(config.name).name != config.name:

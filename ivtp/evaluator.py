@@ -12,6 +12,7 @@ from ivtp import records
 from ivtp.backbones.shared import SharedVision, vision_side
 from ivtp.build import shape_of
 from ivtp.evaluation.answer import Answer
+from ivtp.evaluation.benchmarks import headline, measured
 from ivtp.evaluation.speed import Stopwatch, count
 from ivtp.evaluation.statistics import passing, summary
 from ivtp.pruning.cost import cost
@@ -61,9 +62,10 @@ class Evaluator:
                 progress.update(task, completed=len(outcomes))
 
             watch = self.stopwatch()
-            more = {"shared": self.shared} | ({"part": watch} if watch else {})
+            more = {"shared": self.shared, "judge": self.data.judge} | ({"part": watch} if watch else {})
+            generation = self.data.generation or {"max_new_tokens": self.config.data.max_new_tokens}
             module = Answer(
-                self.model, self.processor, row.plan, record, self.config.data.max_new_tokens, self.watch, **more
+                self.model, self.processor, row.plan, record, watch=self.watch, generation=generation, **more
             )
             hits = self.shared.hits if self.shared else 0
             before = len(outcomes)
@@ -78,14 +80,10 @@ class Evaluator:
                     enable_model_summary=False,
                 )
                 trainer.test(module, datamodule=self.data, verbose=False)
-        metrics = summary(outcomes)
+        metrics = summary(outcomes) | measured(self.data.scores(outcomes, self.folder))
         rate = (len(outcomes) - before) / module.seconds if module.seconds else None
-        accuracy = metrics["accuracy"]
-        error = "" if accuracy["se"] != accuracy["se"] else f" ± {100 * accuracy['se']:.1f}"
         speed = f", {rate:.0f} questions/s" if rate else ""
-        self.console.print(
-            f"{title}: {100 * accuracy['mean']:.1f}{error} %, {row.cost.total / 1e9:.4g} GFLOPs{speed}", soft_wrap=True
-        )
+        self.console.print(f"{title}: {headline(metrics)}, {row.cost.total / 1e9:.4g} GFLOPs{speed}", soft_wrap=True)
         plan = row.plan
         return {
             "key": key,

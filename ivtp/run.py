@@ -47,6 +47,7 @@ def run(arguments: Sequence[str]) -> Path:
     folder = Path(config.output) / config.name
     records_probe(folder)
 
+    from omegaconf import OmegaConf
     from rich.console import Console
 
     console = Console(highlight=False)  # standard error is for what went wrong
@@ -67,11 +68,11 @@ def run(arguments: Sequence[str]) -> Path:
     model, processor = build.build_model(config, device)
     shape = build.shape_of(model)
     data = build.build_data(config, processor, shape, config.trainer.batch_size)
-    text, instruction = prompt_lengths(data.survey.questions, processor, config.model.prompt)
+    text, instruction = prompt_lengths(data.survey, processor)
     planned = build.plan_rows(rows, shape, text, instruction)
     identity = {
         "model": build.model_identity(config, model),
-        "data": dict(config.data) | {"hash": data.survey.hash},
+        "data": OmegaConf.to_container(config.data) | data.about | {"hash": data.survey.hash},
         "prompt": config.model.prompt,
         "text_encoder": config.model.text_encoder,
         "code": records.code_version(),
@@ -106,8 +107,6 @@ def run(arguments: Sequence[str]) -> Path:
         "compare_to": config.compare_to,
         "question": question(config),
     }
-    from omegaconf import OmegaConf
-
     experiment |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures", "overlap")}
     records.replace(folder / "experiment.json", json.dumps(experiment, ensure_ascii=False).encode())
     report(folder, current, config.compare_to, data.data, Console(), experiment["question"], experiment)
@@ -188,11 +187,11 @@ def pick_device(config) -> str:
     return device
 
 
-def prompt_lengths(questions: Sequence[str], processor, prompt: str) -> tuple[int, int]:
+def prompt_lengths(survey, processor) -> tuple[int, int]:
     """Mean tokens of a prompt without its image, and of an instruction with the text encoder's two marks."""
-    texts = [prompt.replace("{question}", question) for question in questions]
-    around = [len(ids) - 1 for ids in processor.tokenizer(texts)["input_ids"]]
-    alone = [len(ids) + 2 for ids in processor.tokenizer(questions, add_special_tokens=False)["input_ids"]]
+    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    around = [len(ids) - ids.count(image) for ids in processor.tokenizer(survey.prompts)["input_ids"]]
+    alone = [len(ids) + 2 for ids in processor.tokenizer(survey.questions, add_special_tokens=False)["input_ids"]]
     return round(sum(around) / len(around)), round(sum(alone) / len(alone))
 
 

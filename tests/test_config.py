@@ -10,7 +10,7 @@ from ivtp.pruners import list_pruners, register_pruner
 from ivtp.registry import UnknownName, UserError
 
 YAMLS = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.glob("*/*.yaml"))
-NEEDED = {"data=folder": ["data.path=somewhere"]}
+NEEDED = {"data=folder": ["data.path=somewhere"], "data=lmms": ["data.task=pope"]}
 
 
 def test_there_are_yamls_and_each_belongs_to_a_group_that_can_be_chosen():

@@ -168,13 +168,18 @@ def test_logger_none_writes_nothing_of_wandb(tmp_path):
     assert [p for p in tmp_path.rglob("*") if "wandb" in p.name] == []
 
 
-def test_the_mode_is_what_the_environment_says_else_offline_without_a_login(monkeypatch):
+def test_the_mode_is_what_the_environment_says_else_offline_without_a_login(monkeypatch, tmp_path):
     from ivtp.report.wandb_run import mode
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert mode() == "disabled"
     monkeypatch.delenv("WANDB_MODE")
-    for logged_in, expected in ((True, "online"), (False, "offline")):
-        monkeypatch.setattr("wandb.login", lambda logged_in=logged_in, **_: logged_in)
-        assert mode() == expected
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert mode() == "offline"
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {'0' * 40}\n")
+    assert mode() == "online"
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert mode() == "online"
     assert "WANDB_MODE" not in os.environ

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,11 @@ import lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ivtp.data.answers import exact
 from ivtp.data.questions import DataError
+
+CHAT = "chat"
+"""Of `prompt`: the processor's own chat template."""
 
 
 @dataclass
@@ -23,39 +28,84 @@ class Batch:
     samples: list[dict]
 
 
+def pictures(sample: dict) -> list:
+    """The images of a sample: its `images`, else its one `image`."""
+    return sample["images"] if "images" in sample else [sample["image"]]
+
+
 class Collate:
-    """Samples → Batch. `prompt` has a place for "{question}" and the image token, once."""
+    """Samples → Batch.
+
+    prompt  a template with a place for "{question}" and the image token, each once (the token stands for all images of a
+            sample); or "chat": the processor's chat template, for the sample's `messages`, else for a user who shows the
+            images and asks the question
+    """
 
     def __init__(self, processor, prompt: str) -> None:
-        image_token = processor.image_token
-        if prompt.count("{question}") != 1 or prompt.count(image_token) != 1:
-            raise DataError(f"prompt {prompt!r} must contain {{question}} once and {image_token} once")
-        self.processor, self.prompt, self.image_token = processor, prompt, image_token
-        self.processor.tokenizer.padding_side = "left"
+        self.processor, self.prompt, self.image_token = processor, prompt, processor.image_token
+        if prompt == CHAT:
+            if not getattr(processor, "chat_template", None):
+                raise DataError(
+                    "model.prompt=chat, but this processor has no chat template; give a prompt with {question}"
+                )
+        elif prompt.count("{question}") != 1 or prompt.count(self.image_token) != 1:
+            raise DataError(
+                f"prompt {prompt!r} must contain {{question}} once and {self.image_token} once, or be 'chat'"
+            )
+        processor.tokenizer.padding_side = "left"
 
     def __call__(self, samples: list[dict]) -> Batch:
-        for sample in samples:
-            if not sample["question"].strip():
-                raise DataError(f"sample {sample['id']!r} has an empty question")
-            if self.image_token in sample["question"]:
-                raise DataError(f"sample {sample['id']!r}: its question contains the image token {self.image_token!r}")
-        texts = [self.prompt.replace("{question}", sample["question"]) for sample in samples]
-        images = [sample["image"] for sample in samples]
-        inputs = self.processor(images=images, text=texts, return_tensors="pt", padding=True)
+        texts = [self.render(sample) for sample in samples]
+        shown = [images for images in map(pictures, samples) if images]
+        if all(len(images) == 1 for images in shown):
+            shown = [image for (image,) in shown]
+        # A template that writes the begin mark itself must not get a second one from the tokenizer.
+        mark = self.processor.tokenizer.bos_token
+        more = {"add_special_tokens": False} if self.prompt == CHAT and mark and texts[0].startswith(mark) else {}
+        inputs = self.processor(images=shown or None, text=texts, return_tensors="pt", padding=True, **more)
         return Batch(dict(inputs), samples)
+
+    def render(self, sample: dict) -> str:
+        """The prompt of a sample as text, one image token for each of its images."""
+        question, images = sample["question"], len(pictures(sample))
+        if not question.strip():
+            raise DataError(f"sample {sample['id']!r} has an empty question")
+        placed = question.count(self.image_token)
+        if placed and ("images" not in sample or placed != images):
+            raise DataError(
+                f"sample {sample['id']!r}: its question contains the image token {self.image_token!r}"
+                + (f" {placed} times, but it has {images} images" if "images" in sample else "")
+            )
+        if self.prompt == CHAT:
+            content = [*[{"type": "image"}] * (images - placed), {"type": "text", "text": question}]
+            messages = sample.get("messages") or [{"role": "user", "content": content}]
+            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokens, template = " ".join([self.image_token] * (images - placed)), self.prompt
+        if not tokens:  # the space behind it goes too
+            template = re.sub(re.escape(self.image_token) + r"\s*", "", template)
+        return template.replace(self.image_token, tokens).replace("{question}", question)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run has to know of all samples before the first; `hash` covers ids, texts, pixels and asked patches."""
+    """What a run has to know of all samples before the first; `hash` covers ids, texts, pixels and asked patches.
+
+    prompts  the questions as the model reads them, with one image token for an image
+    """
 
     ids: list[str]
     questions: list[str]
+    prompts: list[str]
     hash: str
 
 
 class QuestionData(L.LightningDataModule):
-    """A data set for testing; `done` holds ids that have their outcome already."""
+    """A data set for testing; `done` holds ids that have their outcome already.
+
+    A data set may bring more than items: `judge(sample, text)` → fields of an outcome (see `exact`), `generation`, settings
+    of `generate`; `scores(outcomes, folder)`, metrics of its own; `about`, what its results depend on; `sketch(place)` →
+    a sample without its images, and bytes that stand for their content, where that is cheaper than opening them.
+    """
 
     def __init__(self, data: Dataset, collate: Collate, batch_size: int, limit: int | None = None) -> None:
         super().__init__()
@@ -63,21 +113,36 @@ class QuestionData(L.LightningDataModule):
             raise DataError(f"trainer.batch_size={batch_size} must be at least 1")
         if limit is not None and limit < 1:
             raise DataError(f"data.limit={limit} must be at least 1 question, or null for all")
+        self.source = data
         self.data = data if limit is None else Subset(data, range(min(limit, len(data))))
         self.collate, self.batch_size = collate, batch_size
+        self.judge = getattr(data, "judge", exact)
+        self.generation, self.about = dict(getattr(data, "generation", {})), dict(getattr(data, "about", {}))
         self.done: Collection[str] = ()
 
     @cached_property
     def survey(self) -> Survey:
         """Every sample looked at once: opening its image may be the dearest part of a start."""
-        ids, questions, digest = [], [], hashlib.sha256()
-        for sample in self.samples():
+        ids, questions, prompts, digest = [], [], [], hashlib.sha256()
+        sketch = getattr(self.source, "sketch", self._open)
+        for place in range(len(self.data)):
+            sample, content = sketch(place)
             ids.append(sample["id"])
             questions.append(sample["question"])
+            if "image" not in sample:  # it was not opened: as many as the question has places for, at least one
+                sample["images"] = [None] * max(1, sample["question"].count(self.collate.image_token))
+            prompts.append(self.collate.render(sample))
             digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
-            digest.update(sample["image"].tobytes())
-            digest.update(sample["patches"].numpy().tobytes())
-        return Survey(ids, questions, digest.hexdigest()[:16])
+            digest.update(content)
+        return Survey(ids, questions, prompts, digest.hexdigest()[:16])
+
+    def _open(self, place: int) -> tuple[dict, bytes]:
+        sample = self.data[place]
+        return sample, sample["image"].tobytes() + sample["patches"].numpy().tobytes()
+
+    def scores(self, outcomes: list[dict], folder) -> list:
+        """Metrics of the data set's own, beside accuracy."""
+        return self.source.scores(outcomes, folder) if hasattr(self.source, "scores") else []
 
     def samples(self) -> Iterator[dict]:
         """All samples, done or not."""

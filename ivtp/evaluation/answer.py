@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import lightning as L
@@ -12,24 +12,32 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from ivtp.backbones.shared import SharedVision
+from ivtp.data.answers import exact, normalise
 from ivtp.data.batches import Batch
 from ivtp.models import prune
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.traverse import Kept
 
 
-def normalise(text: str) -> str:
-    """Answers are compared without case, surrounding space and a final full stop."""
-    return text.strip().rstrip(".").strip().lower()
+def respond(model: nn.Module, processor, plan: Plan, batch: Batch, generation: Mapping, **more):
+    """What `model` answers under `plan`, greedily: texts, generated tokens "b t", and the run.
+
+    generation  settings of `generate`; more: of `prune`
+    """
+    questions = [sample["question"] for sample in batch.samples]
+    with prune(model, plan, instruction=questions, **more) as run:
+        tokens = model.generate(**batch.inputs, **generation, do_sample=False)
+    tokens = tokens[:, batch.inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(tokens, skip_special_tokens=True), tokens, run
 
 
 class Answer(L.LightningModule):
     """Answers every question under `plan` and hands each sample's outcome to `record`, batch by batch.
 
-    An outcome is a dict: id, image, family, answer, prediction, correct, early (the answer read out after part 1),
-    early_correct, kept (patch indices after the last cut), hit (some kept token lies on what was asked about), share
-    (of kept tokens there), words (of the instruction, with their relevance); of samples whose id is in `watch` also
-    lived (see there).
+    An outcome is a dict: id, image, family, question; answer, prediction, correct and what else `judge` says; early (the
+    answer read out after part 1), early_correct, kept (patch indices after the last cut), hit (some kept token lies on
+    what was asked about), share (of kept tokens there), words (of the instruction, with their relevance); of samples
+    whose id is in `watch` also lived (see there).
     """
 
     def __init__(
@@ -42,12 +50,15 @@ class Answer(L.LightningModule):
         watch: Collection[str] = (),
         shared: SharedVision | None = None,
         part: Callable[[str], AbstractContextManager] = nullcontext,
+        judge: Callable[[dict, str], dict] = exact,
+        generation: Mapping | None = None,
     ) -> None:
         super().__init__()
         # Not a submodule: Lightning must not move, save or train what it only looks through.
         self._model = [model]
-        self.processor, self.plan, self.record, self.max_new_tokens = processor, plan, record, max_new_tokens
-        self.watch, self.shared, self.part = watch, shared, part
+        self.processor, self.plan, self.record = processor, plan, record
+        self.watch, self.shared, self.part, self.judge = watch, shared, part, judge
+        self.generation = {"max_new_tokens": max_new_tokens, **(generation or {})}
         self.accuracy = MeanMetric()
         self.seconds = 0.0
 
@@ -62,36 +73,26 @@ class Answer(L.LightningModule):
 
     @torch.inference_mode()
     def test_step(self, batch: Batch, index: int) -> None:
-        questions = [sample["question"] for sample in batch.samples]
         start = time.perf_counter()
-        more = {"shared": self.shared, "part": self.part}
+        more = {"shared": self.shared, "part": self.part, "read_early": True}
         if self.plan.reads_truth:
             more["truth"] = torch.stack([sample["patches"] for sample in batch.samples])
-        with prune(self.model, self.plan, instruction=questions, read_early=True, **more) as run:
-            tokens = self.model.generate(**batch.inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        texts, tokens, run = respond(self.model, self.processor, self.plan, batch, self.generation, **more)
         self.seconds += time.perf_counter() - start
-        length = batch.inputs["input_ids"].shape[1]
-        texts = self.processor.batch_decode(tokens[:, length:], skip_special_tokens=True)
-        first = self.processor.batch_decode(tokens[:, length : length + 1], skip_special_tokens=True)
+        first = self.processor.batch_decode(tokens[:, :1], skip_special_tokens=True)
         early = self.processor.batch_decode(run.trace.early.argmax(-1, keepdim=True), skip_special_tokens=True)
         outcomes = []
         for i, sample in enumerate(batch.samples):
-            prediction, answer = normalise(texts[i]), normalise(sample["answer"])
+            judged = self.judge(sample, texts[i])
             outcomes.append(
                 {
                     "id": sample["id"],
                     "image": sample.get("image_id", sample["id"]),
                     "family": sample["family"],
                     "question": sample["question"],
-                    "answer": answer,
-                    "prediction": prediction,
-                    "correct": prediction == answer,
-                    # After part 1 only the answer's first token is read out: it counts where that token is the one
-                    # that the whole model starts a correct answer with.
+                    **judged,
                     "early": normalise(early[i]),
-                    "early_correct": prediction == answer and normalise(early[i]) == normalise(first[i])
-                    if self.max_new_tokens > 1
-                    else normalise(early[i]) == answer,
+                    "early_correct": self.early(sample, judged, early[i], first[i]),
                     **seen(run.trace.kept, i, sample["patches"]),
                     "words": run.trace.words and [[word, round(score, 4)] for word, score in run.trace.words[i]],
                 }
@@ -99,11 +100,21 @@ class Answer(L.LightningModule):
             if sample["id"] in self.watch:
                 cuts = [*run.trace.vision, *run.trace.language]
                 outcomes[-1]["lived"] = lived(cuts, i, len(sample["patches"]))
-            self.accuracy.update(float(outcomes[-1]["correct"]))
+            if judged["correct"] is not None:
+                self.accuracy.update(float(judged["correct"]))
         self.record(outcomes)
 
+    def early(self, sample: dict, judged: dict, early: str, first: str) -> bool | float | None:
+        """Whether the answer was right after part 1. Only its first token is read out there: it counts where that token
+        is the one that the whole model starts a correct answer with."""
+        if self.generation["max_new_tokens"] == 1:
+            return self.judge(sample, early)["correct"]
+        correct = judged["correct"]
+        return correct if correct is None or normalise(early) == normalise(first) else type(correct)()
+
     def on_test_epoch_end(self) -> None:
-        self.log("accuracy", self.accuracy)
+        if self.accuracy.update_count:
+            self.log("accuracy", self.accuracy)
 
 
 def seen(kept: Kept | None, sample: int, asked: torch.Tensor) -> dict:

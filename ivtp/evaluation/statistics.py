@@ -81,21 +81,22 @@ def summary(outcomes: Sequence[dict]) -> dict:
 
 
 def compare(outcomes: Sequence[dict], others: Sequence[dict]) -> dict:
-    """Paired comparison with another row on the samples that both have.
+    """Paired comparison with another row on the samples that both have, and both have a score for (n).
 
     difference  of the accuracies, with its standard error and its bootstrap interval (images as clusters)
-    p           McNemar's exact test; None where either row is a mean over seeds
+    p           McNemar's exact test; None where either row is a mean over seeds, or answers are partly right
     agreement   the share of equal answers
     flips       ids of what only the first gets right ("gained"), what only the other does ("lost"), and what both get
                 wrong in different words ("changed")
     """
     other = {o["id"]: o for o in others}
-    pairs = [(o, other[o["id"]]) for o in outcomes if o["id"] in other]
+    both = [(o, other[o["id"]]) for o in outcomes if o["id"] in other]
+    agreement, agreement_error = mean_error([agree(a, b) for a, b in both], [a["image"] for a, _ in both])
+    pairs = [(a, b) for a, b in both if a["correct"] is not None and b["correct"] is not None]
     images = [a["image"] for a, _ in pairs]
     differences = [float(a["correct"]) - float(b["correct"]) for a, b in pairs]
     difference, error = mean_error(differences, images)
-    single = all(isinstance(o["correct"], bool) for pair in pairs for o in pair)
-    agreement, agreement_error = mean_error([agree(a, b) for a, b in pairs], images)
+    single = bool(pairs) and all(isinstance(o["correct"], bool) for pair in pairs for o in pair)
     return {
         "n": len(pairs),
         "difference": difference,

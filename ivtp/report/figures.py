@@ -10,6 +10,9 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from ivtp.data.batches import pictures
+from ivtp.evaluation.benchmarks import principal
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -17,7 +20,11 @@ MARKERS = "osD^vP*Xh<>"
 
 
 def accuracy_cost(rows: list[dict], path: Path) -> None:
-    """Accuracy with its standard error against FLOPs: one line per series, from its cheapest row to its dearest."""
+    """Accuracy, or the benchmark's score, with its standard error against FLOPs: one line per series, from its cheapest
+    row to its dearest."""
+    score, title = rows[0]["metrics"].get("score"), rows[0]["experiment"]
+    scale = 1 if score else 100
+    rows = [row for row in rows if principal(row["metrics"])["mean"] is not None]
     series: dict[str, list[dict]] = {}
     for row in rows:
         series.setdefault(row.get("series", row["label"]), []).append(row)
@@ -26,8 +33,8 @@ def accuracy_cost(rows: list[dict], path: Path) -> None:
         members = sorted(members, key=lambda row: row["tflops"]["total"])
         axes.errorbar(
             [row["tflops"]["total"] * 1e3 for row in members],
-            [100 * row["metrics"]["accuracy"]["mean"] for row in members],
-            yerr=[100 * (row["metrics"]["accuracy"]["se"] or 0) for row in members],
+            [scale * principal(row["metrics"])["mean"] for row in members],
+            yerr=[scale * (principal(row["metrics"])["se"] or 0) for row in members],
             marker=MARKERS[i % len(MARKERS)],
             color=plt.cm.tab10(i % 10),
             linestyle="-" if len(members) > 1 else "none",
@@ -36,9 +43,11 @@ def accuracy_cost(rows: list[dict], path: Path) -> None:
             capsize=2,
             markersize=5,
         )
-    axes.set(xlabel="GFLOPs per question, prefill", ylabel="accuracy (%)", title=plain(rows[0]["experiment"]))
+    label = plain(score["name"]) if score else "accuracy (%)"
+    axes.set(xlabel="GFLOPs per question, prefill", ylabel=label, title=plain(title))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    if rows:
+        axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save(figure, path, dpi=110)
 
 
@@ -68,7 +77,8 @@ def overlay(image: np.ndarray, kept: list[int], patches: int, asked: np.ndarray 
 def kept_tokens(rows: list[dict], outcomes: dict, data, path: Path, one_image: bool = False, samples: int = 5) -> bool:
     """One line of pictures per row that cuts tokens: what the last cut left, the asked objects framed in white.
 
-    False where no row kept a record of its tokens. Rows that choose at random, and those of later sections, are left out.
+    False where no row kept a record of its tokens, or no sample has one image. Rows that choose at random, and those of
+    later sections, are left out.
     """
     drawn = [row for row in rows if outcomes[row["label"]] and outcomes[row["label"]][0]["kept"] is not None]
     if not drawn:
@@ -83,7 +93,10 @@ def kept_tokens(rows: list[dict], outcomes: dict, data, path: Path, one_image: b
         images = [data[i].get("image_id", i) for i in range(min(len(data), 50))]
         shared = max(images, key=images.count)
         places = [i for i, image in enumerate(images) if image == shared][:samples]
-        count = len(places)
+    places = [place for place in places if len(pictures(data[place])) == 1]
+    count = len(places)
+    if not places:
+        return False
     figure, grid = plt.subplots(
         len(drawn), count, figsize=(2.1 * count, 2.25 * len(drawn) + 0.5), squeeze=False, layout="constrained"
     )
@@ -92,9 +105,9 @@ def kept_tokens(rows: list[dict], outcomes: dict, data, path: Path, one_image: b
         for column, (axes, place) in enumerate(zip(line, places, strict=True)):
             sample = data[place]
             outcome = by_id[sample["id"]]
-            axes.imshow(overlay(np.asarray(sample["image"]), outcome["kept"], patches, sample["patches"].numpy()))
+            axes.imshow(overlay(np.asarray(pictures(sample)[0]), outcome["kept"], patches, sample["patches"].numpy()))
             axes.set(xticks=[], yticks=[])
-            colour = "tab:green" if outcome["correct"] else "tab:red"
+            colour = "black" if outcome["correct"] is None else "tab:green" if outcome["correct"] else "tab:red"
             axes.set_xlabel(plain(outcome["prediction"]), fontsize=7, color=colour, labelpad=2)
             if row is drawn[0]:
                 axes.set_title(plain(sample["question"], 34), fontsize=6.5)

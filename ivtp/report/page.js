@@ -36,7 +36,8 @@ const FILTERS = {
 
 function verdict(row, sample) {
   const share = rows[row].right[sample];
-  const text = share === 1 ? "✓ right" : share === 0 ? "✗ wrong" : `right in ${Math.round(100 * share)} % of the seeds`;
+  const partly = rows[row].seeds ? `right in ${Math.round(100 * share)} % of the seeds` : `score ${share?.toFixed(2)}`;
+  const text = share === null ? "not scored alone" : share === 1 ? "✓ right" : share === 0 ? "✗ wrong" : partly;
   return make("span", { className: `verdict ${right(row, sample) ? "right" : "wrong"}`, textContent: text });
 }
 
@@ -129,7 +130,7 @@ function costSpec(width) {
     encoding: { x, color: color(legend) },
     layer: [
       { params: narrow ? [pick] : [pick, { name: "zoom", select: { type: "interval", zoom: "wheel![event.shiftKey]" }, bind: "scales" }], mark: { type: "line", strokeWidth: 1.5 },
-        encoding: { opacity: faded(0.45), y: { field: "mean", type: "quantitative", title: "accuracy, %", scale: { zero: false, nice: true } }, detail: { field: "section" }, order: { field: "gflops" } } },
+        encoding: { opacity: faded(0.45), y: { field: "mean", type: "quantitative", title: data.measure, scale: { zero: false, nice: true } }, detail: { field: "section" }, order: { field: "gflops" } } },
       { mark: { type: "rule", strokeWidth: 1.5 }, encoding: { opacity: faded(0.6), y: { field: "low", type: "quantitative" }, y2: { field: "high" } } },
       { mark: { type: "point", filled: true, size: narrow ? 90 : 75 }, encoding: { opacity: faded(1), y: { field: "mean", type: "quantitative" }, shape, tooltip } },
     ],

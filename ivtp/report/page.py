@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from ivtp import records
+from ivtp.evaluation.benchmarks import principal
 from ivtp.report.tables import cells, notes
 
 HERE = Path(__file__).parent
@@ -95,7 +96,7 @@ def facts(rows: list[dict]) -> dict[str, str]:
     machine = row["machine"]
     commits = dict.fromkeys(str(r.get("git")) for r in rows)
     return {
-        "questions": str(row["metrics"]["accuracy"]["n"]),
+        "questions": str(principal(row["metrics"])["n"]),
         "images": str(row["metrics"]["images"]),
         "data": ", ".join(f"{key} {value}" for key, value in data.items()),
         "data hash": str(row["data"].get("hash", "unknown")),
@@ -132,6 +133,7 @@ def payload(folder: Path, rows: list[dict], outcomes: dict, heads: list[str], li
         "rows": [one(row, {o["id"]: o for o in outcomes[row["label"]]}, listed, texts, words) for row in rows],
         "heads": heads,
         "cells": lines,
+        "measure": rows[0]["metrics"]["score"]["name"] if "score" in rows[0]["metrics"] else "accuracy, %",
         "families": [key.removeprefix("accuracy/") for key in rows[0]["metrics"] if key.startswith("accuracy/")],
         "samples": listed,
         "pictures": [data_uri(folder / "viewer" / name) for name in pictures],
@@ -155,7 +157,9 @@ def one(row: dict, by_id: dict[str, dict], samples: list[dict], texts: Index, wo
         "series": row.get("series", row["label"]),
         "section": row["section"],
         "gflops": row["tflops"]["total"] * 1e3,
-        "accuracy": {key.removeprefix("accuracy").removeprefix("/"): interval(m) for key, m in accuracies.items()},
+        "accuracy": {key.removeprefix("accuracy").removeprefix("/"): interval(m) for key, m in accuracies.items()}
+        | ({"": interval(row["metrics"]["score"], 1)} if "score" in row["metrics"] else {}),
+        "seeds": row.get("seeds"),
         "cuts": [
             f"{SITES[site]}, before layer 0" if layer < 0 else f"{SITES[site]} layer {layer}, {AFTER[after]}"
             for site, cuts in row["cuts"].items()
@@ -164,7 +168,7 @@ def one(row: dict, by_id: dict[str, dict], samples: list[dict], texts: Index, wo
         "tau": pruner.get("tau") if pruner.get("reference") == "pseudo_cls" else None,
         "predictions": [texts(said(o)) if o else -1 for o in found],
         "early": [texts(o["early"]) if o and o.get("early") is not None else -1 for o in found],
-        "right": [float(o["correct"]) if o else None for o in found],
+        "right": [float(o["correct"]) if o and o["correct"] is not None else None for o in found],
         "lived": {i: o["lived"] for i, o in enumerate(seen) if o and "lived" in o},
         "words": {
             i: [words(tuple(word for word, _ in o["words"])), *(score for _, score in o["words"])]
@@ -180,9 +184,9 @@ def said(outcome: dict) -> str:
     return ", ".join(f"{text} ×{count}" for text, count in counts) if len(counts) > 1 else counts[0][0]
 
 
-def interval(metric: dict) -> list[float | None]:
-    """Mean, low and high in percent: one standard error, or of several seeds their standard deviation, to each side."""
+def interval(metric: dict, scale: int = 100) -> list[float | None]:
+    """Mean, low and high, in percent: one standard error, or of several seeds their standard deviation, to each side."""
     mean, error = metric["mean"], metric.get("se") if metric.get("sd") is None else metric["sd"]
     if mean is None:
         return [None, None, None]
-    return [100 * x for x in (mean, mean - (error or 0), mean + (error or 0))]
+    return [scale * x for x in (mean, mean - (error or 0), mean + (error or 0))]

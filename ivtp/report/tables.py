@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from ivtp.evaluation.benchmarks import number, own, principal
 from ivtp.pruners.budget import asked
 from ivtp.report import paper
 from ivtp.report.claims import interval
@@ -37,6 +38,22 @@ def rate(row: dict) -> str:
     return f"{found:.0f}{'*' if row['speed'].get('shared') else ''}" if found else "–"
 
 
+NO_DENSE = "no dense run"
+
+
+def dense(rows: list[dict]) -> dict | None:
+    """The row that percentages of the baseline are of: unpruned, on the same model, data and code; None if there is none."""
+    same = [{key: row.get(key) for key in ("model", "data", "code")} for row in rows]
+    return next((row for row in rows if row["pruner"]["name"] == "none" and all(s == same[0] for s in same)), None)
+
+
+def share(value: float | None, whole: float | None, digits: int = 1) -> str:
+    """ "98.3 %" of the dense run's; says so where there was none."""
+    if whole is None:
+        return NO_DENSE
+    return f"{100 * value / whole:.{digits}f} %" if value is not None and whole else "–"
+
+
 def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str], Iterator[list[str]]]:
     """Column heads and rows, as text; `errors`: with the standard error in every column, not in the main one only."""
     families = [key for key in rows[0]["metrics"] if key.startswith("accuracy/")]
@@ -45,7 +62,10 @@ def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str],
     words = any(row.get("words") for row in rows)
     heads = ["", "asked", "tokens", "average tokens", "GFLOPs", "of unpruned"]
     heads += [family.removeprefix("accuracy/") for family in families]
-    heads += ["accuracy", *(f"− {other}" for other in against), "agrees", "acc_early", "hit", "share"]
+    metrics_of_task = own(rows[0]["metrics"])
+    heads += ["accuracy", *(name.partition("/")[2] or name for name in metrics_of_task)]
+    heads += ["of dense"] if metrics_of_task else []
+    heads += [*(f"− {other}" for other in against), "agrees", "acc_early", "hit", "share"]
     heads += [
         "questions/s",
         *(["words", "no word"] if words else []),
@@ -53,15 +73,18 @@ def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str],
     ]
 
     def body() -> Iterator[list[str]]:
-        whole = rows[0]["tflops"]["total"]
+        base = dense(rows)
+        whole, best = base and base["tflops"]["total"], base and principal(base["metrics"])["mean"]
         for row in rows:
             metrics, total = row["metrics"], row["tflops"]["total"]
             cuts = any(row["cuts"].values())
             line = [row["label"], asked(row["budget"]) if cuts else "–", str(row["tokens"][-1])]
             line += [f"{row['average_tokens']:.4g}" if row.get("average_tokens") is not None else "–"]
-            line += [f"{total * 1e3:.4g}", f"{100 * total / whole:.1f} %"]
+            line += [f"{total * 1e3:.4g}", share(total, whole)]
             line += [percent(metrics[family], errors) for family in families]
             line += [percent(metrics["accuracy"])]
+            line += [number(metrics[name]) if name in metrics else "–" for name in metrics_of_task]
+            line += [share(principal(metrics)["mean"], best)] if metrics_of_task else []
             for other in against:
                 line.append("" if other == row["label"] else compared(comparisons[row["label"]][other]))
             line += [f"{100 * comparisons[row['label']][against[0]]['agreement']:.1f}"]
@@ -76,8 +99,15 @@ def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str],
 
 
 def notes(rows: list[dict]) -> str:
-    n, images = rows[0]["metrics"]["accuracy"]["n"], rows[0]["metrics"]["images"]
-    return (
+    metrics = rows[0]["metrics"]
+    n, images = principal(metrics)["n"], metrics["images"]
+    about = (
+        f"The benchmark's own metrics are in its own unit; of dense: {metrics['score']['name']}, in % of the unpruned run's. "
+        "accuracy: what each answer is worth alone. "
+        if "score" in metrics
+        else ""
+    )
+    return about + (
         f"Accuracy in %, n = {n} questions about {images} images, ± standard error (images as clusters; sd: between seeds); "
         "differences are paired on the same questions, with 95 % bootstrap intervals over images, p by McNemar's exact "
         "test. average tokens: visual tokens that enter a language layer. agrees: same answer as the first row. acc_early: "

@@ -15,15 +15,18 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ivtp import records
+from ivtp.data.batches import pictures
 
 
 def watched(data: Dataset, images: int) -> list[int]:
-    """Places of the samples that ask about the first `images` images of the data."""
+    """Places of the samples that ask about the first `images` images of the data, one image each."""
     known: set[str] = set()
     places = []
     for place in range(len(data)):
         sample = data[place]
         image = sample.get("image_id", sample["id"])
+        if len(pictures(sample)) != 1:
+            continue
         if image not in known and len(known) == images:
             break
         known.add(image)
@@ -43,7 +46,7 @@ def save(folder: Path, data: Dataset, processor, images: int) -> frozenset[str]:
         if name not in written:
             written.add(name)
             content = io.BytesIO()
-            as_seen(processor.image_processor, sample["image"]).save(content, "WEBP", quality=88, method=4)
+            as_seen(processor.image_processor, *pictures(sample)).save(content, "WEBP", quality=88, method=4)
             records.replace(folder / "viewer" / name, content.getvalue())
         rows.append({"id": sample["id"], "picture": name, "asked": sample["patches"].nonzero()[:, 0].tolist()})
     lines = "".join(json.dumps(row) + "\n" for row in rows)

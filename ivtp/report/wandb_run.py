@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ivtp.data.batches import pictures as images_of
 from ivtp.evaluation.statistics import compare
 from ivtp.report.figures import overlay
 from ivtp.report.viewer import as_seen
@@ -18,13 +19,18 @@ CONFIG = (
 """What of a record is a run's config: all that it depends on."""
 
 
-def mode() -> str:
-    """ "online" where someone is logged in, unless WANDB_MODE says otherwise; else "offline"."""
+def logged_in() -> bool:
+    """Whether a key or token of Weights & Biases is found. (`wandb.login` would ask for one before its version 0.26.)"""
     import wandb
 
+    return bool(wandb.api.is_authenticated)
+
+
+def mode() -> str:
+    """ "online" where someone is logged in, unless WANDB_MODE says otherwise; else "offline"."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
-    return "online" if wandb.login(prompt=False) else "offline"
+    return "online" if logged_in() else "offline"
 
 
 def log_row(config, folder: Path, record: dict, outcomes: list[dict], unpruned: list[dict], data) -> None:
@@ -103,21 +109,23 @@ def tables(record: dict, outcomes: list[dict], unpruned: list[dict], data, pictu
     rows = wandb.Table(columns=[*columns, "unpruned", "flipped", "early", "kept"])
     flips = wandb.Table(columns=[*columns, "unpruned", "unpruned_correct", "flip"])
     images = []
+    whole = all(isinstance(o["correct"], bool) for o in [*outcomes, *unpruned])  # a column has one type
     samples = {data.data[i]["id"]: data.data[i] for i in range(min(pictures, len(data.data)))}
     for outcome in outcomes:
         picture = None
-        if outcome["id"] in samples and outcome["kept"] is not None:
-            sample = samples[outcome["id"]]
-            image = as_seen(data.collate.processor.image_processor, sample["image"])
+        sample = samples.get(outcome["id"])
+        if sample is not None and outcome["kept"] is not None and len(images_of(sample)) == 1:
+            image = as_seen(data.collate.processor.image_processor, *images_of(sample))
             shown = np.asarray(image), outcome["kept"], record["tokens"][0], sample["patches"].numpy()
             picture = wandb.Image(overlay(*shown), caption=f"{outcome['question']} {outcome['prediction']}")
             images.append(picture)
         other = before.get(outcome["id"], outcome)
-        fields = [outcome[name] for name in columns]
+        worth = [o["correct"] if whole or o["correct"] is None else float(o["correct"]) for o in (outcome, other)]
+        fields = [*(outcome[name] for name in columns[:-1]), worth[0]]
         flipped = other["prediction"] != outcome["prediction"]
         rows.add_data(*fields, other["prediction"], flipped, outcome["early"], picture)
         if flipped:
-            flips.add_data(*fields, other["prediction"], other["correct"], flip(outcome, other))
+            flips.add_data(*fields, other["prediction"], worth[1], flip(outcome, other))
     return rows, flips, images
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ivtp.command import command
 from ivtp.data.scenes import FAMILIES
 from ivtp.registry import UserError
+from ivtp.report.wandb_run import logged_in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +93,7 @@ def save(view) -> str:
     import requests
     import wandb
 
-    if not wandb.login(prompt=False):
+    if not logged_in():
         raise UserError("not logged in to Weights & Biases; run `wandb login` first")
     try:
         return view.save().url

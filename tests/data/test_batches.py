@@ -74,3 +74,57 @@ def test_a_limit_takes_the_first_samples_and_may_be_larger_than_the_data(process
         QuestionData(Scenes("test", 2), collate, 3, limit=0)
     with pytest.raises(DataError, match=r"trainer\.batch_size=0 must be at least 1"):
         QuestionData(Scenes("test", 2), collate, 0)
+
+
+def several(name: str, images: int, question: str = "read the number") -> dict:
+    return {**sample(name, question), "images": [Image.new("RGB", (96, 96))] * images}
+
+
+def test_a_template_shows_as_many_images_as_the_sample_has(processor):
+    """Two pictures need two places; a question about none must not have the place of one."""
+    collate = Collate(processor, "USER: <image>\n{question} ASSISTANT:")
+    assert collate.render(several("a", 1)) == "USER: <image>\nread the number ASSISTANT:"
+    assert collate.render(several("a", 2)) == "USER: <image> <image>\nread the number ASSISTANT:"
+    assert collate.render(several("a", 0)) == "USER: read the number ASSISTANT:"
+
+
+def test_images_stand_where_the_question_has_them_if_it_has_a_place_for_each(processor):
+    collate = Collate(processor, PROMPT)
+    assert collate.render(several("a", 2, "is <image> like <image> ?")) == "is <image> like <image> ?"
+    with pytest.raises(
+        DataError, match="sample 'a': its question contains the image token '<image>' 1 times, but it has 2"
+    ):
+        collate.render(several("a", 2, "is <image> like it ?"))
+
+
+def test_a_batch_of_none_one_and_two_images(processor):
+    batch = Collate(processor, PROMPT)([several("a", 0), several("b", 2), several("c", 1)])
+    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    assert (batch.inputs["input_ids"] == image).sum(1).tolist() == [0, 288, 144]
+    assert batch.inputs["pixel_values"].shape[0] == 3
+    assert "pixel_values" not in Collate(processor, PROMPT)([several("a", 0)]).inputs
+
+
+def test_chat_is_the_processor_s_own_template(processor):
+    collate = Collate(processor, "chat")
+    assert collate.render(several("a", 2, "what ?")) == "<image> <image> what ?"
+    message = {
+        "role": "user",
+        "content": [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "?"}],
+    }
+    assert collate.render({**several("a", 1), "messages": [message]}) == "one<image> ?"
+    same = [Collate(processor, prompt)([sample("1", "read the number")]).inputs for prompt in (PROMPT, "chat")]
+    assert torch.equal(same[0]["input_ids"], same[1]["input_ids"])
+
+
+def test_a_template_that_writes_the_begin_mark_gets_no_second_one(processor, monkeypatch):
+    mark = processor.tokenizer.bos_token
+    monkeypatch.setattr(processor, "chat_template", mark + processor.chat_template)
+    ids = Collate(processor, "chat")([sample("1", "read the number")]).inputs["input_ids"][0].tolist()
+    assert ids.count(processor.tokenizer.bos_token_id) == 1
+
+
+def test_chat_without_a_template_says_so(processor, monkeypatch):
+    monkeypatch.setattr(processor, "chat_template", None)
+    with pytest.raises(DataError, match=r"model\.prompt=chat, but this processor has no chat template"):
+        Collate(processor, "chat")

@@ -134,7 +134,7 @@ def test_saving_sends_the_view_and_prints_its_address(capsys):
         return {"upsertView": {"view": {"name": "nw-abc-v", "id": "1"}}}
 
     with (
-        patch("wandb.login", return_value=True),
+        patch("ivtp.report.wandb_view.logged_in", return_value=True),
         patch("wandb_workspaces.workspaces.internal.upsert_view2", upsert),
         patch("wandb.Api"),
         patch("wandb_workspaces.workspaces.interface.get_app_url", return_value="https://wandb.example"),
@@ -151,7 +151,10 @@ def test_anything_else_is_refused_in_one_line(arguments, capsys):
 
 
 def test_without_a_login_nothing_is_sent(capsys):
-    with patch("wandb.login", return_value=False), patch("wandb_workspaces.workspaces.Workspace.save") as save:
+    with (
+        patch("ivtp.report.wandb_view.logged_in", return_value=False),
+        patch("wandb_workspaces.workspaces.Workspace.save") as save,
+    ):
         assert main(["team/ivtp"]) == 2
     assert not save.called
     assert "wandb login" in one_line(capsys.readouterr().err)

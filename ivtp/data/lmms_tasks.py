@@ -1,0 +1,193 @@
+"""Load a task of lmms-eval: its own definition, on the documents of the hub or of a local copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+from ivtp.data.judges import environment
+from ivtp.data.questions import DataError
+from ivtp.registry import UnknownName, unknown
+
+PLAIN = "ivtp"
+"""What lmms-eval is told the model is: no task has a prompt preset of that name, so its default holds."""
+
+
+def load_task(
+    name: str,
+    path: str | None = None,
+    preset: str = "default",
+    prompt: Mapping | None = None,
+    chat: bool = False,
+    judge: Mapping[str, str] | None = None,
+):
+    """The task object of lmms-eval.
+
+    path    a folder with a copy of the data set, in the hub's own schema, or another hub id; default: the task's own
+    preset  which of its prompts: "default", or a model that the task has one for
+    prompt  single settings of that prompt, over its own
+    chat    its prompts are messages
+    Raises DataError, in one line, for what is not there or cannot be run here.
+    """
+    index = task_index()
+    if name not in index:
+        raise UnknownName(unknown("task of lmms-eval:", name, index))
+    entry = index[name]
+    if entry["type"] != "task":
+        members = listed(entry)
+        raise DataError(
+            f"{name!r} is a {entry['type'].replace('_', ' ')} of lmms-eval, not one task; choose of {members}"
+        )
+    with environment(judge):
+        config = read(name, entry["yaml_path"])
+        refuse(name, config)
+        set_prompt(name, config, preset, prompt or {})
+        own = config.get("dataset_path")
+        if path is not None:
+            relocate(config, path)
+        with redirected(config, own, path):
+            return make(name, config, PLAIN if preset == "default" else preset, chat)
+
+
+@cache
+def task_index() -> dict[str, dict]:
+    """Every task, group and tag of the lmms-eval that is installed."""
+    try:
+        import lmms_eval  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DataError('data=lmms needs lmms-eval; pip install "ivtp[lmms]"') from error
+    from loguru import logger
+
+    logger.remove()  # it writes to the console from the moment it is imported
+    import datasets
+    from lmms_eval.tasks import TaskManager
+
+    logger.remove()
+    datasets.disable_progress_bars()
+    return TaskManager("ERROR").task_index
+
+
+def listed(entry: dict) -> str:
+    """The tasks of a group or tag, as text."""
+    from lmms_eval.utils import load_yaml_config
+
+    if entry["type"] == "python_task":
+        return "those that are defined by a YAML alone"
+    members = entry["task"] if entry["type"] == "tag" else load_yaml_config(entry["yaml_path"], mode="simple")["task"]
+    return ", ".join(str(member.get("task") if isinstance(member, dict) else member) for member in members)
+
+
+def read(name: str, path: str) -> dict:
+    """The task's YAML with its functions."""
+    from lmms_eval.utils import load_yaml_config
+
+    try:
+        return load_yaml_config(path, mode="full")
+    except Exception as error:  # anything: it runs the task's own module
+        raise DataError(f"task {name!r} of lmms-eval cannot be loaded: {first_line(error)}") from error
+
+
+def refuse(name: str, config: dict) -> None:
+    """What an answering vision-language model cannot be asked."""
+    kind = config.get("output_type", "generate_until")
+    if kind != "generate_until":
+        raise DataError(f"task {name!r} is of the kind {kind!r}; here a model answers one prompt (generate_until)")
+    more = config.get("dataset_kwargs") or {}
+    if more.get("video") or more.get("From_YouTube"):
+        raise DataError(f"task {name!r} asks about videos; only images can be pruned here")
+    if (config.get("repeats") or 1) > 1:
+        raise DataError(
+            f"task {name!r} samples {config['repeats']} answers to each question; here each is answered once"
+        )
+
+
+def set_prompt(name: str, config: dict, preset: str, prompt: Mapping) -> None:
+    """Check the preset, and put single settings over its own."""
+    known = config.get("lmms_eval_specific_kwargs") or {}
+    nested = {key: value for key, value in known.items() if isinstance(value, dict)}
+    if preset != "default" and preset not in nested:
+        raise UnknownName(unknown(f"prompt preset of task {name!r}:", preset, {"default", *nested}))
+    chosen = nested.get(preset, nested.get("dataset", known))
+    for key, value in prompt.items():
+        if key not in chosen:
+            raise UnknownName(unknown(f"setting of the prompt of task {name!r}:", key, chosen))
+        chosen[key] = value
+
+
+def relocate(config: dict, path: str) -> None:
+    """Take the documents from a folder (parquet as on the hub, or what `save_to_disk` wrote) or another hub id."""
+    folder, more = Path(path), dict(config.get("dataset_kwargs") or {})
+    if folder.is_dir():
+        more.pop("token", None)
+    elif folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise DataError(f"data.path={path} does not exist; give a folder with a copy of {config.get('dataset_path')}")
+    if (folder / "dataset_dict.json").is_file():
+        more["load_from_disk"], config["dataset_path"] = True, path
+    else:
+        config["dataset_path"], config["dataset_name"] = located(path, config.get("dataset_name"))
+    config["dataset_kwargs"] = more
+
+
+@contextmanager
+def redirected(config: dict, own: str | None, path: str | None) -> Iterator[None]:
+    """While a task prepares its documents and loads others for it, its own hub id means the path given for it."""
+    names = getattr(config.get("process_docs"), "__globals__", {})
+    if path is None or "load_dataset" not in names:
+        yield
+        return
+    load = names["load_dataset"]
+
+    def there(asked: str, part: str | None = None, **more):
+        if asked != own:
+            return load(asked, part, **more)
+        return load(*located(path, part), **(more | ({"token": None} if Path(path).is_dir() else {})))
+
+    with patch.dict(names, load_dataset=there):
+        yield
+
+
+def located(path: str, part: str | None) -> tuple[str, str | None]:
+    """Where a part of a data set is: as the folder's README declares it, else in a folder of the part's name, else in it
+    all."""
+    import datasets
+
+    folder = Path(path)
+    if part is None or not folder.is_dir() or part in datasets.get_dataset_config_names(path):
+        return path, part
+    return str(folder / part) if (folder / part).is_dir() else path, None
+
+
+def make(name: str, config: dict, model: str, chat: bool):
+    """The task object; its data set is loaded once, without lmms-eval's five attempts."""
+    from huggingface_hub import get_token
+    from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
+
+    base = ConfigurableMessagesTask if chat else ConfigurableTask
+
+    def download(task, dataset_kwargs=None) -> None:
+        base.download.__wrapped__(task, dataset_kwargs)
+        split = task.config.test_split or task.config.validation_split
+        if split not in task.dataset:
+            raise DataError(f"it has no split {split!r}, but {', '.join(task.dataset)}")
+
+    once = {"download": download, "process_results": base.process_results.__wrapped__}
+    if (config.get("dataset_kwargs") or {}).get("token") is True and get_token() is None:
+        config["dataset_kwargs"] = {**config["dataset_kwargs"], "token": None}  # most are public
+    where, parts = config.get("dataset_path"), config.get("dataset_name")
+    try:
+        return type(base.__name__, (base,), once)(config=config, model_name=model)
+    except Exception as error:  # of the network, of the hub, of the schema, of the task's own code
+        copy = f"hf download {where} --repo-type dataset --local-dir FOLDER"
+        hint = "" if Path(str(where)).exists() else f"; offline, give data.path=FOLDER, a copy made by `{copy}`"
+        part = f" ({parts})" if parts else ""
+        raise DataError(f"data set {where}{part} of task {name!r}: {first_line(error)}{hint}") from error
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, DataError):
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,94 @@
+"""Metrics that a benchmark works out over all its documents, with standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ivtp.data.questions import DataError
+from ivtp.evaluation.statistics import mean_error
+
+GROUPS = 100
+"""Parts of the images that are left out in turn: enough for two digits of an error."""
+
+
+def measured(scores: Sequence) -> dict:
+    """{name: {"mean", "se", "n"}} of the scores that are numbers, and "score", with the same and its "name": the main
+    metric, or the sum of several.
+
+    scores  of a data set: objects with name, values, singles, clusters, aggregate, sampled, main (see data/lmms.py)
+    """
+    found, numbers = {}, []
+    for score in scores:
+        value = score.aggregate(score.values)
+        if value is not None:  # None: it only wrote a file
+            numbers.append(score)
+            found[score.name] = {"mean": value, "se": error([score], value), "n": len(score.values)}
+    main = [score for score in numbers if score.main]
+    if main:
+        value = sum(found[score.name]["mean"] for score in main)
+        one = found[main[0].name]["se"] if len(main) == 1 else error(main, value)
+        n = sum(len(score.values) for score in main)
+        found["score"] = {"mean": value, "se": one, "n": n, "name": " + ".join(score.name for score in main)}
+    return found
+
+
+def error(scores: Sequence, value: float) -> float:
+    """Standard error of the sum of some metrics, images as clusters; NaN where it cannot be worked out.
+
+    Of a mean over documents in closed form, else by the delete-a-group jackknife (Kott 2001): unlike the bootstrap it never
+    shows a metric a document twice, which those that pair documents up (MME) refuse.
+    """
+    if len(scores) == 1 and scores[0].singles is not None:
+        mean, deviation = mean_error(scores[0].singles, scores[0].clusters)
+        for scale in (1, 100):
+            if math.isclose(scale * mean, value, abs_tol=1e-9):
+                return scale * deviation
+    if not all(score.sampled for score in scores):
+        return math.nan
+    names = sorted({name for score in scores for name in score.clusters})
+    count = min(GROUPS, len(names))
+    if count < 2:
+        return math.nan
+    group = dict(zip(names, np.random.default_rng(0).permutation(len(names)) % count, strict=True))
+    without = []
+    for left_out in range(count):
+        kept = [
+            [v for v, name in zip(score.values, score.clusters, strict=True) if group[name] != left_out]
+            for score in scores
+        ]
+        try:
+            without.append(sum(score.aggregate(values) for score, values in zip(scores, kept, strict=True)))
+        except (DataError, TypeError):  # so few documents that without some of them there is no such metric
+            return math.nan
+    return float(math.sqrt((count - 1) / count * np.square(np.array(without) - np.mean(without)).sum()))
+
+
+def own(metrics: dict) -> list[str]:
+    """The benchmark's own among the metrics of a row; "score" only where it is a sum that none of them is."""
+    names = [name for name in metrics if "/" in name and not name.startswith("accuracy/")]
+    return names + (["score"] if "score" in metrics and metrics["score"]["name"] not in names else [])
+
+
+def principal(metrics: dict) -> dict:
+    """What a row is about: the benchmark's score, in its own unit, else accuracy."""
+    return metrics.get("score") or metrics["accuracy"]
+
+
+def headline(metrics: dict) -> str:
+    """The main metric of a row with its standard error, as text."""
+    if "score" in metrics:
+        return f"{metrics['score']['name']} {number(metrics['score'])}"
+    accuracy = metrics["accuracy"]
+    error = "" if accuracy["se"] != accuracy["se"] else f" ± {100 * accuracy['se']:.1f}"
+    return f"{100 * accuracy['mean']:.1f}{error} %"
+
+
+def number(metric: dict) -> str:
+    """ "0.8591 ± 0.0034", in the metric's own unit."""
+    spread = metric["se"] if metric.get("sd") is None else metric["sd"]
+    sd = "" if metric.get("sd") is None else " sd"
+    known = spread is not None and spread == spread
+    return f"{metric['mean']:.4g}" + (f" ± {spread:.2g}{sd}" if known else "")

@@ -1,0 +1,389 @@
+"""Benchmarks inside the loop give what lmms-eval gives, on every config; what cannot be run is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from itertools import cycle
+
+import pytest
+import torch
+from benchmark_data import ROWS, SCHEMAS
+from benchmarks import CLEAR, caches, command, definition, folder, replay
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from ivtp import load_model
+from ivtp.build import build_data, plan_rows, shape_of
+from ivtp.config import FOLDER, load_config
+from ivtp.data.judges import JudgeError
+from ivtp.data.lmms import LmmsTask
+from ivtp.data.lmms_tasks import load_task
+from ivtp.data.questions import DataError
+from ivtp.evaluation.benchmarks import measured
+from ivtp.evaluator import Evaluator
+from ivtp.registry import UserError
+from ivtp.run import main
+
+CONFIGS = sorted(
+    p.stem for p in (FOLDER / "data").glob("*.yaml") if p.stem not in ("scenes", "folder", "lmms", "images")
+)
+JUDGED = {"llava_in_the_wild", "mmvet", "mmbench_cn"}
+FREE = [name for name in CONFIGS if name not in JUDGED]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared_in():
+    with caches() as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny")
+
+
+def config_of(name: str, **changes):
+    config = load_config([f"data={name}", "logger=none", "trainer.batch_size=3"])
+    OmegaConf.set_struct(config, False)
+    config.data.path = str(folder(name))
+    config.data.update(changes)
+    return config
+
+
+def task_of(name: str, **changes) -> LmmsTask:
+    asked = OmegaConf.to_container(config_of(name, **changes).data)
+    task, _ = asked.pop("task"), asked.pop("name")
+    return LmmsTask(task, 144, **asked)
+
+
+def names(found: dict) -> dict:
+    """The benchmark's own metrics without the task's name."""
+    return {
+        name.partition("/")[2]: metric["mean"]
+        for name, metric in found.items()
+        if "/" in name and "accuracy/" not in name
+    }
+
+
+def test_the_twelve_benchmarks_have_a_config_and_so_have_their_traps():
+    twelve = {
+        *("vqav2", "gqa", "vizwiz", "scienceqa_img", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "seedbench"),
+        *("llava_in_the_wild", "mmvet"),
+    }
+    assert (
+        set(CONFIGS) == twelve | {"textvqa_ocr", "mme_perception"} == set(SCHEMAS) | {"textvqa_ocr", "mme_perception"}
+    )
+
+
+def prepared(task: LmmsTask) -> dict[str, str]:
+    """Answers of which some are right, some wrong, some not to be made sense of."""
+    some = cycle(["{}", "{}.", "no", "{}", "B. ring", "Yes", "the {} thing"])
+    return {name: next(some).format(task._text(place)["answer"] or "zero") for name, place in task.places.items()}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_the_same_answers_get_the_score_that_lmms_eval_gives(name, tmp_path):
+    """A user's number must be comparable with every number that lmms-eval printed elsewhere."""
+    task = task_of(name)
+    answers = prepared(task)
+    outcomes = [
+        {"id": key, "image": key, **task.judge(task._text(task.places[key]), text)} for key, text in answers.items()
+    ]
+    found = names(measured(task.scores(outcomes, tmp_path / "ours")))
+    theirs = replay(definition(name), {task.places[key]: text for key, text in answers.items()}, tmp_path / "theirs")
+    assert found == pytest.approx(theirs) and theirs
+    if name not in ("mmbench",):
+        assert any(0 < value < 2000 for value in theirs.values()), "a score of nothing shows nothing"
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_every_config_runs_end_to_end(name, tiny, tmp_path):
+    """Documents → prompts → a pruned model → outcomes on disk → the record of the row, with lmms-eval's metrics in it."""
+    model, processor = tiny
+    changes = {"limit": 6} if name == "seedbench" else {}
+    config = config_of(name, **changes)
+    data = build_data(config, processor, shape_of(model), 3)
+    row = {"label": "topk", "series": "topk", "section": "", "pruner": {"name": "topk"}, "budget": {"keep": 9},
+           "position_ids": "keep"}  # fmt: skip
+    (planned,) = plan_rows([row], shape_of(model), 12, 10)
+    evaluator = Evaluator(model, processor, data, config, tmp_path, Console(file=StringIO()))
+    record = evaluator.evaluate("key", planned, "title")
+    outcomes = evaluator.read("key")
+    assert len(outcomes) == changes.get("limit", ROWS) == len(data.survey.ids)
+    assert record["metrics"]["score"]["n"] == (4 if name == "mme_perception" else len(outcomes))
+    assert all(len(outcome["kept"]) == 9 for outcome in outcomes)
+    assert sum(outcome["correct"] is not None for outcome in outcomes) == record["metrics"]["score"]["n"]
+    answers = {data.source.places[o["id"]]: o["prediction"] for o in outcomes}
+    if not changes:
+        theirs = replay(definition(name), answers, tmp_path / "theirs")
+        assert names(record["metrics"]) == pytest.approx(theirs) and theirs
+
+
+# The command of lmms-eval ------------------------------------------------------------------------------------------
+
+
+def printed(text: str) -> list[dict[str, float]]:
+    """Metric → value, of each table that lmms-eval printed."""
+    tables, values = [], None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "Tasks":
+            values = {}
+            tables.append(values)
+        elif values is not None and len(cells) > 6 and "-" not in cells[0]:
+            values[f"{cells[0].removesuffix('_here')}/{cells[3]}"] = float(cells[5])
+    return tables
+
+
+def test_our_loop_and_the_command_of_lmms_eval_print_the_same(prepared_in, tmp_path):
+    """Both ways round, unpruned and pruned, in batches of one and of three: one answer to what a pruner costs on a benchmark."""
+    ways = {"none": "pruner=none", "ivtp": "pruner=ivtp,keep=3"}
+    wanted = ("pope", "vqav2")
+    for name in wanted:
+        text = json.dumps(definition(name, CLEAR))
+        (tmp_path / f"{name}.yaml").write_text(text)
+    runs = [
+        {"model": "ivtp", "model_args": f"pretrained=tiny,{way},prompt=<image> {{question}}", "tasks": "pope_here,vqav2_val_here",
+         "batch_size": batch, "include_path": str(tmp_path), "output_path": str(tmp_path / "theirs")}
+        for way, batch in ((ways["none"], 3), (ways["ivtp"], 1))
+    ]  # fmt: skip
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = command(["--config", str(tmp_path / "runs.json")], prepared_in)
+    assert done.returncode == 0, done.stderr
+    dense, pruned = printed(done.stdout)
+    assert dense != pruned, "pruning to three tokens must show, or this compares nothing"
+    assert len(dense) == 6
+
+    ours = {"none": {}, "ivtp": {}}
+    for name in wanted:
+        arguments = [f"data={name}", f"data.path={folder(name)}", "data.prompt={pre_prompt: '', post_prompt: ''}"]
+        rows = "variants=[{label: none, pruner: none}, {label: ivtp, pruner: ivtp, budget: {keep: 3}}]"
+        assert (
+            main([*arguments, rows, "logger=none", "viewer=0", f"output={tmp_path / name}", "trainer.batch_size=3"])
+            == 0
+        )
+        for record in map(json.loads, (tmp_path / name / "run" / "results.jsonl").read_text().splitlines()):
+            own = {k: m["mean"] for k, m in record["metrics"].items() if "/" in k and "accuracy/" not in k}
+            ours[record["label"]] |= own
+    assert ours["none"] == pytest.approx(dense, abs=5e-5)
+    assert ours["ivtp"] == pytest.approx(pruned, abs=5e-5)
+
+
+@pytest.mark.parametrize("prompt", ["<image> {question}", "chat"])
+def test_a_batch_of_requests_is_answered_as_each_alone(prompt, tiny, tmp_path):
+    """lmms-eval's own models lose points in batches (its issue 635); and what it asks is what our loop asks."""
+    from ivtp.data.batches import Collate
+    from ivtp.evaluation.answer import respond
+    from ivtp.lmms_plugin import Ivtp
+
+    task = task_of("gqa", prompt=CLEAR, chat=prompt == "chat")
+    answers = {}
+    for size in (1, 3):
+        lm = Ivtp("tiny", pruner="ivtp", keep=3, prompt=prompt, batch_size=size)
+        assert lm.is_simple == (prompt != "chat")
+        lm.task_dict["gqa"] = task.task.dataset
+        answers[size] = lm.generate_until(task.requests)
+    assert answers[1] == answers[3]
+    assert len(set(answers[1])) > 2
+    batch = Collate(tiny[1], prompt)([task[i] for i in range(ROWS)])
+    with torch.inference_mode():
+        ours, *_ = respond(*tiny, lm.plan, batch, task.generation)
+    assert ours == answers[1]
+
+
+def test_lmms_eval_s_command_is_told_in_words_what_cannot_be():
+    from ivtp.lmms_plugin import Ivtp
+
+    with pytest.raises(UserError, match="batch_size=auto must be a whole number"):
+        Ivtp("tiny", batch_size="auto")
+    with pytest.raises(UserError, match="kep"):
+        Ivtp("tiny", pruner="topk", kep=3)
+    for kind in ("loglikelihood", "generate_until_multi_round"):
+        with pytest.raises(UserError, match="answers"):
+            getattr(Ivtp("tiny", pruner="none", prompt="<image> {question}"), kind)([])
+
+
+# What is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("pop", "unknown task of lmms-eval: 'pop'. Did you mean 'pope'?"),
+        ("vqav2", "'vqav2' is a group of lmms-eval, not one task; choose of vqav2_val, vqav2_test"),
+        ("seedbench_ppl", "of the kind 'multiple_choice'; here a model answers one prompt"),
+        ("videomme", "asks about videos; only images can be pruned here"),
+        ("vstat", "is a python task of lmms-eval"),
+        ("mmmu_val_pass64", "samples 64 answers to each question"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_refused_with_the_reason(task, said):
+    with pytest.raises(UserError) as error:
+        load_task(task)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"path": "/no/folder"}, "data.path=/no/folder does not exist; give a folder with a copy of lmms-lab"),
+        (
+            {"path": None},
+            "offline, give data.path=FOLDER, a copy made by `hf download lmms-lab-encoder/POPE --repo-type dataset",
+        ),
+        ({"preset": "qwen"}, "unknown prompt preset of task 'pope': 'qwen'"),
+        (
+            {"prompt": {"post": "x"}},
+            "unknown setting of the prompt of task 'pope': 'post'. Did you mean 'post_prompt'?",
+        ),
+        ({"metric": "f1"}, "unknown metric of task 'pope': 'f1'"),
+        ({"family": "kind"}, "unknown column of task 'pope': 'kind'"),
+        ({"judge": {"OPENAI_API_KEY": "x"}}, "configs are recorded; leave OPENAI_API_KEY in the environment"),
+        ({"generation": {"do_sample": True}}, "samples its answers"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_with_the_reason(changes, said):
+    with pytest.raises(UserError) as error:
+        task_of("pope", **changes)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_documents_of_another_schema_are_refused_before_any_model_works():
+    with pytest.raises(DataError, match=r"of task 'pope': it has no split 'test', but validation"):
+        task_of("pope", path=str(folder("textvqa")))
+    with pytest.raises(DataError, match="of task 'scienceqa_img': KeyError: 'hint'"):
+        task_of("scienceqa_img", path=str(folder("pope")))
+
+
+def test_what_a_document_shows_besides_images_is_refused_with_the_reason():
+    from ivtp.data.lmms import shown
+
+    with pytest.raises(DataError, match="it shows a str, and only images"):
+        shown(["video.mp4"], "what ?", False)
+    messages = [
+        {"role": "user", "content": [{"type": "audio", "url": {"array": []}}, {"type": "text", "text": "what ?"}]}
+    ]
+    with pytest.raises(DataError, match="it shows a dict"):
+        shown(messages, "what ?", True)
+    assert shown(None, "what ?", False) == {"question": "what ?", "images": []}
+
+
+def test_without_lmms_eval_it_says_what_to_install(monkeypatch):
+    from ivtp.data import lmms_tasks
+
+    lmms_tasks.task_index.cache_clear()
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    with pytest.raises(DataError, match=r'pip install "ivtp\[lmms\]"'):
+        load_task("pope")
+
+
+def test_a_task_whose_module_lacks_something_names_it(monkeypatch):
+    """Not every file of every task is in the wheel of lmms-eval, nor every package that tasks import."""
+    monkeypatch.setitem(sys.modules, "statistics", None)
+    with pytest.raises(DataError, match=r"task 'vqav2_val' of lmms-eval cannot be loaded: .*statistics"):
+        load_task("vqav2_val")
+
+
+# Judges -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A judge on this machine, which speaks the protocol of OpenAI; what it is asked, and what it says."""
+    asked, says = [], {"status": 200, "text": "0.7"}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"])
+            message = {"role": "assistant", "content": says["text"]}
+            body = {"id": "1", "object": "chat.completion", "created": 0, "model": "made-up", "usage": None,
+                    "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+            self.send_response(says["status"])
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OPENAI_API_KEY", "none of ours")
+        yield f"http://127.0.0.1:{http.server_port}", asked, says
+        http.shutdown()
+
+
+@pytest.mark.parametrize("name", sorted(JUDGED))
+def test_a_judged_task_without_a_judge_is_refused_before_any_model_works(name, monkeypatch):
+    """lmms-eval itself would score zero, or a random option, and say nothing in the result."""
+    monkeypatch.setenv("OPENAI_API_KEY", "one that is there for something else")
+    with pytest.raises(JudgeError, match="asks a judge, a model behind an API; name one"):
+        task_of(name)
+
+
+@pytest.mark.parametrize(("name", "says"), [("llava_in_the_wild", "8 6"), ("mmvet", "0.7"), ("mmbench_cn", "C")])
+def test_with_a_judge_the_score_is_the_one_that_lmms_eval_gives(name, says, server, monkeypatch, tmp_path):
+    url, asked, answer = server
+    answer["text"] = says
+    where = f"{url}/v1/chat/completions" if name == "mmbench_cn" else f"{url}/v1"
+    judge = {"MODEL_VERSION": "made-up", "OPENAI_API_URL": where}
+    task = task_of(name, judge=judge)
+    assert asked, "the judge was not tried before the run"
+    answers = prepared(task)
+    outcomes = [
+        {"id": key, "image": key, **task.judge(task._text(task.places[key]), text)} for key, text in answers.items()
+    ]
+    found = names(measured(task.scores(outcomes, tmp_path / "ours")))
+    for variable, value in judge.items():
+        monkeypatch.setenv(variable, value)
+    theirs = replay(definition(name), {task.places[key]: text for key, text in answers.items()}, tmp_path / "theirs")
+    assert found == pytest.approx(theirs) and theirs
+
+
+def test_a_judge_that_fails_stops_the_run_and_scores_nothing(server, monkeypatch):
+    url, _, says = server
+    says["status"] = 404
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(JudgeError, match=r"the judge of task 'mmvet' failed: .*404"):
+        task_of("mmvet", judge={"MODEL_VERSION": "made-up", "OPENAI_API_URL": f"{url}/v1"})
+
+
+# Runs that stop, and errors of metrics -------------------------------------------------------------------------------
+
+
+def test_a_run_that_stopped_goes_on_and_gives_the_same(tmp_path):
+    arguments = [
+        "data=mme",
+        f"data.path={folder('mme')}",
+        "data.prompt={post_prompt: ''}",
+        "pruner=topk",
+        "budget.keep=4",
+    ]
+    more = ["logger=none", "viewer=0", "trainer.batch_size=3", f"output={tmp_path}"]
+    assert main([*arguments, *more]) == 0
+    results = tmp_path / "run" / "results.jsonl"
+    before = [json.loads(line) for line in results.read_text().splitlines()]
+    results.unlink()
+    for record in before:
+        path = tmp_path / "run" / "outcomes" / f"{record['key']}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    assert main([*arguments, *more]) == 0
+    after = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [r["metrics"] for r in after] == [r["metrics"] for r in before]
+    assert before[0]["metrics"]["score"]["name"] == "mme/mme_perception_score + mme/mme_cognition_score"
+    assert before[0]["data"]["lmms_eval"] and before[0]["data"]["split"] == "test"
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert "mme_perception_score" in table and "of dense" in table
+
+
+def test_a_percentage_of_the_baseline_needs_a_dense_run(tmp_path):
+    """Compared with somebody else's baseline, a percentage says what other code and another prompt do."""
+    arguments = ["data=mme", f"data.path={folder('mme')}", "logger=none", "viewer=0", f"output={tmp_path}"]
+    assert main([*arguments, "variants=[{label: only, pruner: topk, budget: {keep: 4}}]"]) == 0
+    table = (tmp_path / "run" / "table.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| only"))
+    assert row.count("no dense run") == 2 and "no dense run" in (tmp_path / "run" / "report.html").read_text()
