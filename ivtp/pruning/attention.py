@@ -47,6 +47,7 @@ class Attention:
             logits = logits.masked_fill(later, float("-inf"))
         return self._hide(logits.softmax(-1).mean(1))
 
+    @torch.no_grad()
     def propagate(self, w: Float[Tensor, "b n"]) -> Float[Tensor, "b m"]:
         """`w @ A`: what the weighted queries look at together; `w` is never negative. w = 1/n gives column means.
 
@@ -85,22 +86,24 @@ class Attention:
         w = w.float()[:, None].expand(b, g, n).reshape(b * g, 1, n)
         bias = None if self.bias is None else self._low(self.bias)[:, None].expand(b, g, m).reshape(b * g, 1, m)
         rows = min(n, ROWS, max(1, BLOCK // m))
-        heads = max(1, BLOCK // (rows * m))
-        zero = torch.zeros((), device=w.device)
-        sums = []
+        heads = min(b * g, max(1, BLOCK // (rows * m)))
+        place = torch.arange(m, device=w.device)
+        # One block of memory for all: the system takes as long to give out a fresh one as the sums take.
+        block, sums = torch.empty(heads * rows * m, device=w.device), torch.zeros(b * g, 1, m, device=w.device)
         for some in (slice(start, start + heads) for start in range(0, b * g, heads)):
-            keys, total = k[some].float(), torch.zeros(1, device=w.device)
-            for start in range(0, n, rows):
-                part = slice(start, start + rows)
+            keys = k[some].float()
+            for part in (slice(start, min(n, start + rows)) for start in range(0, n, rows)):
+                size = (len(keys), part.stop - part.start, m)
+                logits = block[: size[0] * size[1] * m].view(size)
                 for head in range(h // g):
-                    logits = torch.baddbmm(zero, q[some, head, part].float(), keys, beta=0, alpha=self.scale)
+                    queries = q[some, head, part].float()
+                    torch.baddbmm(logits, queries, keys, beta=0, alpha=self.scale, out=logits)
                     if bias is not None:
                         logits += bias[some]
                     if self.causal:
-                        logits += torch.full_like(logits[0], float("-inf")).triu_(start + 1)
-                    total = total + w[some, :, part] @ logits.softmax(-1)
-            sums.append(total)
-        return torch.cat(sums).view(b, g, m).sum(1)
+                        logits.masked_fill_(place > place[part, None], float("-inf"))
+                    sums[some] += w[some, :, part] @ torch.softmax(logits, -1, out=logits)
+        return sums.view(b, g, m).sum(1)
 
     @staticmethod
     def _low(bias: Tensor) -> Tensor:
