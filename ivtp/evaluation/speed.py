@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 PARTS = ("vision", "projector", "text_encoder", "language", "pruner")
 
@@ -43,6 +44,36 @@ class Stopwatch:
         self._since = now
 
 
+def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Bytes that torch holds for `run()` at most at one time, beyond what it held before."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(profile_memory=True) as seen:
+        run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter; versions before 2.15 know no formula for the CPU's fused attention and count it as nothing."""
+
+    def fused(q, k, v, *_, **__) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
+    )
+
+
 class FlopParts:
     """FLOPs per part as torch's own counter sees the executed operations, counted once like the seconds above."""
 
@@ -52,7 +83,7 @@ class FlopParts:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         self._inside.append(part)
         try:
             with counter:
@@ -73,7 +104,7 @@ def count(model, plan, inputs: dict, question: str) -> dict[str, int]:
     from ivtp.models import prune
 
     parts = FlopParts()
-    whole = FlopCounterMode(display=False)
+    whole = flop_counter()
     with torch.inference_mode(), prune(model, plan, instruction=[question], part=parts), whole:
         model(**inputs)
     total = whole.get_total_flops()

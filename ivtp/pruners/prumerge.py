@@ -73,7 +73,7 @@ class OneHead:
         return hide_padding(tokens.of_visual(reference_row(wide, tokens)), tokens)
 
     def flops(self, n: int, heads: int, head_width: int, referring: int = 1, **_: int) -> int:
-        return reference_flops(n, heads, head_width, referring)
+        return reference_flops(n, 1, heads * head_width, referring)
 
 
 def wide_keys(seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v e"]:

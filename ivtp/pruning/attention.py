@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 64
-"""Query rows formed at a time; memory beside q, k, v is b · h · BLOCK · m."""
+ROWS = 128
+"""Query rows formed at a time, on a CPU and wherever no fused kernel hands out its log-sum-exp."""
+BLOCK = 1 << 20
+"""Entries of the map formed at a time, over heads: what a core's cache holds (4 MiB), whatever n is."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Attention:
     bias    added to the logits of every query, per key: -inf hides padding, log size weighs merged tokens; None: nothing
     causal  True: a query sees the keys up to its own place
     All answers are float32 and averaged over heads (the paper's fusion of heads is unknown; the mean is our default).
+    Memory beside q, k, v grows with n, not n²; only `map`, and what is not linear in the map (a maximum over heads or
+    layers' whole maps), needs n².
     """
 
     q: Float[Tensor, "b h n e"]
@@ -31,18 +35,33 @@ class Attention:
     def rows(self, index: Int[Tensor, "b a"]) -> Float[Tensor, "b a m"]:
         """The attention of the queries at `index`, mean over heads."""
         b, h, _, e = self.q.shape
-        q = self.q.gather(2, index[:, None, :, None].expand(b, h, index.shape[1], e))
-        return self._probabilities(q, index).mean(1)
+        g, a = self.k.shape[1], index.shape[1]
+        q = self.q.gather(2, index[:, None, :, None].expand(b, h, a, e))
+        # Heads that share keys are folded into rows, so the keys are never repeated.
+        logits = (q.reshape(b, g, h // g * a, e).float() * self.scale) @ self.k.float().transpose(2, 3)
+        logits = logits.view(b, h, a, -1)
+        if self.bias is not None:
+            logits = logits + self._low(self.bias)[:, None, None]
+        if self.causal:
+            later = torch.arange(logits.shape[3], device=index.device) > index[:, None, :, None]
+            logits = logits.masked_fill(later, float("-inf"))
+        return self._hide(logits.softmax(-1).mean(1))
 
+    @torch.no_grad()
     def propagate(self, w: Float[Tensor, "b n"]) -> Float[Tensor, "b m"]:
-        """`w @ A`: what the weighted queries look at together, streamed in blocks of rows."""
-        total = torch.zeros(w.shape[0], self.k.shape[2], device=w.device)
-        n = self.q.shape[2]
-        for start in range(0, n, BLOCK):
-            index = torch.arange(start, min(start + BLOCK, n), device=w.device).expand(w.shape[0], -1)
-            part = self._probabilities(self.q[:, :, start : start + BLOCK], index).mean(1)
-            total = total + (w[:, None, start : start + BLOCK].float() @ part)[:, 0]
-        return total
+        """`w @ A`: what the weighted queries look at together; `w` is never negative. w = 1/n gives column means.
+
+        On a GPU two fused attentions (`ivtp.pruning.fused`), elsewhere a stream over blocks of rows: there a softmax
+        in the cache is cheaper than a fused kernel's values, which nobody asks for.
+        """
+        if self.q.is_cuda and self.q.dtype != torch.float64:
+            from ivtp.pruning.fused import column_sums
+
+            bias = None if self.bias is None else self._low(self.bias)
+            total = column_sums(self.q, self.k, w, bias, self.scale, self.causal)
+        else:
+            total = self._stream(w)
+        return self._hide(total[:, None])[:, 0] / self.q.shape[1]
 
     def map(self) -> Float[Tensor, "b n m"]:
         """The whole map, mean over heads. Quadratic memory: for methods that cannot do without."""
@@ -58,16 +77,39 @@ class Attention:
         """Keys, mean over heads: the metric of ToMe (arXiv 2210.09461)."""
         return self.k.float().mean(1)
 
-    def _probabilities(self, q: Tensor, place: Tensor) -> Float[Tensor, "b h a m"]:
-        b, h, a, e = q.shape
+    def _stream(self, w: Tensor) -> Float[Tensor, "b m"]:
+        """`w @ A` summed over heads; every head's block of rows is formed, weighed and forgotten."""
+        b, h, n, e = self.q.shape
         g, m = self.k.shape[1:3]
-        # Heads that share keys are folded into rows, so the keys are never repeated.
-        logits = q.reshape(b, g, h // g * a, e).float() @ self.k.float().transpose(2, 3)
-        logits = logits.view(b, h, a, m) * self.scale
-        if self.bias is not None:
-            logits = logits + self.bias[:, None, None].float()
-        if self.causal:
-            later = torch.arange(m, device=q.device) > place[:, None, :, None]
-            logits = logits.masked_fill(later, float("-inf"))
-        # A padding query of a left-padded prompt sees nothing; its row is never used, but must not be NaN.
-        return logits.softmax(-1).nan_to_num(0.0)
+        q = self.q.reshape(b * g, h // g, n, e)
+        k = self.k.reshape(b * g, m, e).transpose(1, 2)
+        w = w.float()[:, None].expand(b, g, n).reshape(b * g, 1, n)
+        bias = None if self.bias is None else self._low(self.bias)[:, None].expand(b, g, m).reshape(b * g, 1, m)
+        rows = min(n, ROWS, max(1, BLOCK // m))
+        heads = min(b * g, max(1, BLOCK // (rows * m)))
+        place = torch.arange(m, device=w.device)
+        # One block of memory for all: the system takes as long to give out a fresh one as the sums take.
+        block, sums = torch.empty(heads * rows * m, device=w.device), torch.zeros(b * g, 1, m, device=w.device)
+        for some in (slice(start, start + heads) for start in range(0, b * g, heads)):
+            keys = k[some].float()
+            for part in (slice(start, min(n, start + rows)) for start in range(0, n, rows)):
+                size = (len(keys), part.stop - part.start, m)
+                logits = block[: size[0] * size[1] * m].view(size)
+                for head in range(h // g):
+                    queries = q[some, head, part].float()
+                    torch.baddbmm(logits, queries, keys, beta=0, alpha=self.scale, out=logits)
+                    if bias is not None:
+                        logits += bias[some]
+                    if self.causal:
+                        logits.masked_fill_(place > place[part, None], float("-inf"))
+                    sums[some] += w[some, :, part] @ torch.softmax(logits, -1, out=logits)
+        return sums.view(b, g, m).sum(1)
+
+    @staticmethod
+    def _low(bias: Tensor) -> Tensor:
+        """-inf as a number low enough to be nothing in a softmax: a padding query that sees nothing must not be NaN."""
+        return bias.float().clamp_min(-1e3)
+
+    def _hide(self, answer: Float[Tensor, "b a m"]) -> Float[Tensor, "b a m"]:
+        """Nobody looks at padding."""
+        return answer if self.bias is None else answer.masked_fill(self.bias[:, None] == float("-inf"), 0.0)

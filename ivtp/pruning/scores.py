@@ -29,7 +29,8 @@ class Score(Protocol):
 class Rollout:
     """Attention rollout inside the group of layers since the last cut (IVTP, Eq. 3 and 4; arXiv 2005.00928 for rollout).
 
-    combine     residual: Ã^l = (A^l + I) Ã^(l-1) (Eq. 3); multiply: the same without I; mean, max: over the layers' rows
+    combine     residual: Ã^l = (A^l + I) Ã^(l-1) (Eq. 3); multiply: the same without I; mean, max: over the layers'
+                reference rows (a maximum over whole maps is not linear and would need them: it is not offered)
     value_norm  weigh by ‖V‖ of the group's last layer (Eq. 4)
     Only the reference row of Ã is needed, so it is pushed through the layers from the last to the first, O(n) memory.
     """
@@ -129,8 +130,8 @@ def row_flops(n: int, heads: int, head_width: int) -> int:
 
 
 def propagate_flops(n: int, heads: int, head_width: int) -> int:
-    """A row vector times the map: the logits of all queries, and the product."""
-    return n * row_flops(n, heads, head_width) + 2 * n * n
+    """A row vector times the map: the logits of all queries, and their product with the weights, head by head."""
+    return n * row_flops(n, heads, head_width + 1)
 
 
 def reference_flops(n: int, heads: int, head_width: int, referring: int) -> int:

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import KEEP, TEXTS, VISION, images, inputs, llava, plan_of, vision_model
-from torch.utils.flop_counter import FlopCounterMode
 
 import ivtp
+from ivtp.evaluation.speed import flop_counter
 from ivtp.pruning.cost import Layers, Shape, cost
 from ivtp.pruning.pruner import Plan, Pruner
 from ivtp.pruning.schedules import Cut
@@ -37,7 +37,7 @@ def counted(model, plan, run, rest: str) -> dict[str, int]:
             attribute()
             stack.pop()
 
-    with FlopCounterMode(display=False) as counter, ivtp.prune(model, plan, part=part):
+    with flop_counter() as counter, ivtp.prune(model, plan, part=part):
         run()
         attribute()
     return {name: total[name] for name in PARTS}
