@@ -58,12 +58,16 @@ def siglip_states(tower, pixels, cuts):
 
 
 def timm_features(model, pixels, cuts):
-    """`forward_features` of a timm ViT on all tokens."""
-    x = model.norm_pre(model._pos_embed(model.patch_embed(pixels)))
+    """`forward_features` of a timm ViT or Eva on all tokens."""
+    x, rope = model._pos_embed(model.patch_embed(pixels)), None
+    if isinstance(x, tuple):
+        x, rope = x
+    x = model.norm_pre(x)
     prefix = model.num_prefix_tokens
     hidden = hidden_from(cuts, len(model.blocks), x.shape[1] - prefix, x.shape[0])
-    for block, gone in zip(model.blocks, hidden[:-1], strict=True):
-        x = block(x, attn_mask=mask4d(~with_prefix(gone, prefix), False))
+    for number, (block, gone) in enumerate(zip(model.blocks, hidden[:-1], strict=True)):
+        own = {} if rope is None else {"rope": rope[number] if model.rope_mixed else rope}
+        x = block(x, attn_mask=mask4d(~with_prefix(gone, prefix), False), **own)
     return model.norm(x)
 
 

@@ -48,7 +48,8 @@ def mixed_in(kind: str, model, layer: int, x, heads):
     """The residual stream behind attention, from what the heads gave "b n d"."""
     if is_timm(kind):
         block = model.blocks[layer]
-        return x + block.ls1(block.attn.proj(heads))
+        scale = block.ls1 if hasattr(block, "ls1") else (lambda y: y if block.gamma_1 is None else block.gamma_1 * y)
+        return x + scale(block.attn.proj(block.attn.norm(heads)))
     return x + model.encoder.layers[layer].self_attn.out_proj(heads)
 
 

@@ -27,6 +27,7 @@ FAMILIES = {
     "clip_vision_model": "ivtp.backbones.clip_vit",
     "siglip_vision_model": "ivtp.backbones.siglip_vit",
     "timm.VisionTransformer": "ivtp.backbones.timm_vit",
+    "timm.Eva": "ivtp.backbones.timm_vit",
 }
 
 

@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+# Torch before 2.15 does not count its own attention kernel for CPUs.
+KERNELS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 PARTS = ("vision", "projector", "text_encoder", "language", "pruner")
 
 
@@ -52,7 +56,7 @@ class FlopParts:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping=KERNELS)
         self._inside.append(part)
         try:
             with counter:
@@ -73,7 +77,7 @@ def count(model, plan, inputs: dict, question: str) -> dict[str, int]:
     from ivtp.models import prune
 
     parts = FlopParts()
-    whole = FlopCounterMode(display=False)
+    whole = FlopCounterMode(display=False, custom_mapping=KERNELS)
     with torch.inference_mode(), prune(model, plan, instruction=[question], part=parts), whole:
         model(**inputs)
     total = whole.get_total_flops()

@@ -9,6 +9,7 @@ from conftest import KEEP, TEXTS, VISION, images, inputs, llava, plan_of, vision
 from torch.utils.flop_counter import FlopCounterMode
 
 import ivtp
+from ivtp.evaluation.speed import KERNELS
 from ivtp.pruning.cost import Layers, Shape, cost
 from ivtp.pruning.pruner import Plan, Pruner
 from ivtp.pruning.schedules import Cut
@@ -37,7 +38,7 @@ def counted(model, plan, run, rest: str) -> dict[str, int]:
             attribute()
             stack.pop()
 
-    with FlopCounterMode(display=False) as counter, ivtp.prune(model, plan, part=part):
+    with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter, ivtp.prune(model, plan, part=part):
         run()
         attribute()
     return {name: total[name] for name in PARTS}
