@@ -158,6 +158,19 @@ def make_siglip(kernel: str = "sdpa"):
     return shake(SiglipVisionModel._from_config(siglip_config(), attn_implementation=kernel), 8)
 
 
+def make_open_clip(kind: str):
+    """With four heads torch runs attention as one kernel, with three it does not."""
+    from open_clip.transformer import VisionTransformer
+
+    sizes = {"image_size": SIDE, "patch_size": PATCH, "width": 24, "layers": 7, "mlp_ratio": 1.5, "output_dim": 13}
+    more = {
+        "tok": {"heads": 4},
+        "avg": {"heads": 3, "ls_init_value": 0.7, "pool_type": "avg", "final_ln_after_pool": True},
+        "mean": {"heads": 4, "pool_type": "avg"},
+    }
+    return shake(VisionTransformer(**sizes, **more[kind]), 9)
+
+
 def make_llava(kernel: str = "sdpa", seed: int = 4, vision: dict | None = None, text: dict | None = None, **changes):
     """LLaVA with 7 ViT layers, 9 LLM layers (3 of them part 1), 6 query heads over 2 key-value heads."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -284,14 +297,14 @@ def llava(kernel: str = "sdpa"):
 def vision_model(kind: str):
     if kind not in _made:
         family, _, kernel = kind.partition("_")
-        make = {"clip": make_clip, "siglip": make_siglip}.get(family)
+        make = {"clip": make_clip, "siglip": make_siglip, "openclip": make_open_clip}.get(family)
         _made[kind] = make(kernel) if make else make_timm(kind)
     return _made[kind]
 
 
 VISION = [
     *("timm_cls", "timm_avg", "timm_registers", "timm_map", "timm_eva02", "timm_eva_mixed", "timm_eva_dinov3"),
-    *("clip_sdpa", "clip_eager", "siglip_sdpa", "siglip_eager"),
+    *("clip_sdpa", "clip_eager", "siglip_sdpa", "siglip_eager", "openclip_tok", "openclip_avg"),
 ]
 """Every vision backbone; LLaVA has tests of its own."""
 

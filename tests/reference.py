@@ -57,6 +57,17 @@ def siglip_states(tower, pixels, cuts):
     return tower.post_layernorm(x)
 
 
+def open_clip_states(tower, pixels, cuts):
+    """What leaves the blocks of an open_clip tower, on all tokens; torch takes one mask per head."""
+    x = tower._embeds(pixels)
+    blocks = tower.transformer.resblocks
+    hidden = hidden_from(cuts, len(blocks), x.shape[1] - 1, x.shape[0])
+    for block, gone in zip(blocks, hidden[:-1], strict=True):
+        mask = mask4d(~with_prefix(gone, 1), False)[:, 0]
+        x = block(x, attn_mask=mask.repeat_interleave(block.attn.num_heads, 0))
+    return x
+
+
 def timm_features(model, pixels, cuts):
     """`forward_features` of a timm ViT or Eva on all tokens."""
     x, rope = model._pos_embed(model.patch_embed(pixels)), None

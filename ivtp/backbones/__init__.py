@@ -28,6 +28,10 @@ FAMILIES = {
     "siglip_vision_model": "ivtp.backbones.siglip_vit",
     "timm.VisionTransformer": "ivtp.backbones.timm_vit",
     "timm.Eva": "ivtp.backbones.timm_vit",
+    **dict.fromkeys(
+        ("open_clip.VisionTransformer", "open_clip.TimmModel", "open_clip.CLIP", "open_clip.CustomTextCLIP"),
+        "ivtp.backbones.open_clip_vit",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -10,9 +11,18 @@ from contextlib import contextmanager
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-# Torch before 2.15 does not count its own attention kernel for CPUs.
+
+def _whole_attention(x, _, __, ___, heads, qkv, ____, out, *_____, **______) -> int:
+    """`nn.MultiheadAttention` as one kernel: projections in and out, and the attention between."""
+    b, n, d = x
+    one = b, heads, n, d // heads
+    return 2 * b * n * (math.prod(qkv) + math.prod(out)) + sdpa_flop_count(one, one, one)
+
+
+# Kernels for CPUs that torch's counter does not know; the first one it does from 2.15 on.
 KERNELS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._native_multi_head_attention: _whole_attention,
 }
 PARTS = ("vision", "projector", "text_encoder", "language", "pruner")
 
