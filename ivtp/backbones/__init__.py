@@ -24,6 +24,8 @@ FAMILIES = {
     "qwen2_5_vl": "ivtp.backbones.qwen_vl",
     "qwen3_vl": "ivtp.backbones.qwen_vl",
     "internvl": "ivtp.backbones.internvl",
+    "clip": "ivtp.backbones.clip_vit",
+    "siglip": "ivtp.backbones.siglip_vit",
     "clip_vision_model": "ivtp.backbones.clip_vit",
     "siglip_vision_model": "ivtp.backbones.siglip_vit",
     "timm.VisionTransformer": "ivtp.backbones.timm_vit",
