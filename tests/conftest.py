@@ -83,6 +83,8 @@ def images(batch: int, seed: int = 3):
 
 
 def make_timm(kind: str):
+    from timm.layers import SwiGLUPacked
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     sizes = {
@@ -94,12 +96,25 @@ def make_timm(kind: str):
         "mlp_ratio": 1.5,
         "num_classes": 11,
     }
-    more = {
+    plain = {
         "timm_cls": {},
         "timm_avg": {"class_token": False, "global_pool": "avg"},
         "timm_registers": {"reg_tokens": 2, "qk_norm": True, "init_values": 0.7, "pre_norm": True},
+        "timm_map": {"class_token": False, "global_pool": "map", "mlp_layer": SwiGLUPacked},
     }
-    return shake(VisionTransformer(**sizes, **more[kind]), 1)
+    # EVA-02, attention pooling over frequencies mixed per layer, DINOv3: each with another kind of rotary positions.
+    rotary = {"use_rot_pos_emb": True}
+    learned = {**rotary, "swiglu_mlp": True, "scale_mlp": True, "qkv_fused": False, "ref_feat_shape": (4, 4)}
+    mixed = {**rotary, "swiglu_mlp": True, "rope_type": "mixed", "class_token": False, "global_pool": "map"}
+    dino = {**rotary, "rope_type": "dinov3", "rope_rotate_half": True, "num_reg_tokens": 2, "attn_type": "rope"}
+    eva = {
+        "timm_eva02": {**learned, "init_values": 0.7},
+        "timm_eva_mixed": {**mixed, "use_abs_pos_emb": False},
+        "timm_eva_dinov3": {**dino, "use_abs_pos_emb": False, "global_pool": "token"},
+    }
+    if kind in eva:
+        return shake(Eva(**sizes, **eva[kind]), 1)
+    return shake(VisionTransformer(**sizes, **plain[kind]), 1)
 
 
 def vision_config(**changes):
@@ -141,6 +156,19 @@ def make_siglip(kernel: str = "sdpa"):
     from transformers import SiglipVisionModel
 
     return shake(SiglipVisionModel._from_config(siglip_config(), attn_implementation=kernel), 8)
+
+
+def make_open_clip(kind: str):
+    """With four heads torch runs attention as one kernel, with three it does not."""
+    from open_clip.transformer import VisionTransformer
+
+    sizes = {"image_size": SIDE, "patch_size": PATCH, "width": 24, "layers": 7, "mlp_ratio": 1.5, "output_dim": 13}
+    more = {
+        "tok": {"heads": 4},
+        "avg": {"heads": 3, "ls_init_value": 0.7, "pool_type": "avg", "final_ln_after_pool": True},
+        "mean": {"heads": 4, "pool_type": "avg"},
+    }
+    return shake(VisionTransformer(**sizes, **more[kind]), 9)
 
 
 def make_llava(kernel: str = "sdpa", seed: int = 4, vision: dict | None = None, text: dict | None = None, **changes):
@@ -269,12 +297,15 @@ def llava(kernel: str = "sdpa"):
 def vision_model(kind: str):
     if kind not in _made:
         family, _, kernel = kind.partition("_")
-        make = {"clip": make_clip, "siglip": make_siglip}.get(family)
+        make = {"clip": make_clip, "siglip": make_siglip, "openclip": make_open_clip}.get(family)
         _made[kind] = make(kernel) if make else make_timm(kind)
     return _made[kind]
 
 
-VISION = ["timm_cls", "timm_avg", "timm_registers", "clip_sdpa", "clip_eager", "siglip_sdpa", "siglip_eager"]
+VISION = [
+    *("timm_cls", "timm_avg", "timm_registers", "timm_map", "timm_eva02", "timm_eva_mixed", "timm_eva_dinov3"),
+    *("clip_sdpa", "clip_eager", "siglip_sdpa", "siglip_eager", "openclip_tok", "openclip_avg"),
+]
 """Every vision backbone; LLaVA has tests of its own."""
 
 

@@ -64,13 +64,28 @@ def siglip_states(tower, pixels, cuts):
     return tower.post_layernorm(siglip_layers(tower, pixels, cuts)[-1])
 
 
+def open_clip_states(tower, pixels, cuts):
+    """What leaves the blocks of an open_clip tower, on all tokens; torch takes one mask per head."""
+    x = tower._embeds(pixels)
+    blocks = tower.transformer.resblocks
+    hidden = hidden_from(cuts, len(blocks), x.shape[1] - 1, x.shape[0])
+    for block, gone in zip(blocks, hidden[:-1], strict=True):
+        mask = mask4d(~with_prefix(gone, 1), False)[:, 0]
+        x = block(x, attn_mask=mask.repeat_interleave(block.attn.num_heads, 0))
+    return x
+
+
 def timm_features(model, pixels, cuts):
-    """`forward_features` of a timm ViT on all tokens."""
-    x = model.norm_pre(model._pos_embed(model.patch_embed(pixels)))
+    """`forward_features` of a timm ViT or Eva on all tokens."""
+    x, rope = model._pos_embed(model.patch_embed(pixels)), None
+    if isinstance(x, tuple):
+        x, rope = x
+    x = model.norm_pre(x)
     prefix = model.num_prefix_tokens
     hidden = hidden_from(cuts, len(model.blocks), x.shape[1] - prefix, x.shape[0])
-    for block, gone in zip(model.blocks, hidden[:-1], strict=True):
-        x = block(x, attn_mask=mask4d(~with_prefix(gone, prefix), False))
+    for number, (block, gone) in enumerate(zip(model.blocks, hidden[:-1], strict=True)):
+        own = {} if rope is None else {"rope": rope[number] if model.rope_mixed else rope}
+        x = block(x, attn_mask=mask4d(~with_prefix(gone, prefix), False), **own)
     return model.norm(x)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from reference import clip_states, siglip_states, timm_features
+from reference import clip_states, open_clip_states, siglip_states, timm_features
 
 from ivtp.backbones.clip_vit import ClipVit
+from ivtp.backbones.open_clip_vit import OpenClipVit
 from ivtp.backbones.siglip_vit import SiglipVit
 from ivtp.backbones.timm_vit import TimmVit
 
@@ -15,13 +16,20 @@ def is_timm(kind: str) -> bool:
 
 
 def stack_of(kind: str, model):
-    return {"timm": TimmVit, "clip": ClipVit, "siglip": SiglipVit}[kind.partition("_")[0]](model)
+    stacks = {"timm": TimmVit, "clip": ClipVit, "siglip": SiglipVit, "openclip": OpenClipVit}
+    return stacks[kind.partition("_")[0]](model)
 
 
 def answers(kind: str, model, pixels):
     """States "b n d", and what is made of them: a class or pooled vector "b c"."""
     if is_timm(kind):
         return model.forward_features(pixels), model(pixels)
+    if kind.startswith("openclip"):
+        states, pool = [], model._pool
+        model._pool = lambda x: (states.append(x), pool(x))[1]
+        pooled = model(pixels)
+        del model._pool
+        return states[0], pooled
     out = model(pixels)
     return out.last_hidden_state, out.pooler_output
 
@@ -30,6 +38,8 @@ def masked(kind: str, model, pixels, cuts):
     """The states of the unmodified modules on all tokens, those that a cut removed hidden from then on."""
     if is_timm(kind):
         return timm_features(model, pixels, cuts)
+    if kind.startswith("openclip"):
+        return open_clip_states(model, pixels, cuts)
     return siglip_states(model, pixels, cuts) if kind.startswith("siglip") else clip_states(model, pixels, cuts)[-1]
 
 
@@ -37,18 +47,24 @@ def pooled(kind: str, model, states):
     """What the unmodified model makes of states "b n d"."""
     if is_timm(kind):
         return model.forward_head(states)
+    if kind.startswith("openclip"):
+        return model._pool(states)[0] @ model.proj
     return model.head(states) if kind.startswith("siglip") else model.post_layernorm(states[:, 0])
 
 
 def prefix(kind: str, model) -> int:
-    return model.num_prefix_tokens if is_timm(kind) else int(kind.startswith("clip"))
+    return model.num_prefix_tokens if is_timm(kind) else int(not kind.startswith("siglip"))
 
 
 def mixed_in(kind: str, model, layer: int, x, heads):
     """The residual stream behind attention, from what the heads gave "b n d"."""
     if is_timm(kind):
         block = model.blocks[layer]
-        return x + block.ls1(block.attn.proj(heads))
+        scale = block.ls1 if hasattr(block, "ls1") else (lambda y: y if block.gamma_1 is None else block.gamma_1 * y)
+        return x + scale(block.attn.proj(block.attn.norm(heads)))
+    if kind.startswith("openclip"):
+        block = model.transformer.resblocks[layer]
+        return x + block.ls_1(block.attn.out_proj(heads))
     return x + model.encoder.layers[layer].self_attn.out_proj(heads)
 
 

@@ -24,9 +24,16 @@ FAMILIES = {
     "qwen2_5_vl": "ivtp.backbones.qwen_vl",
     "qwen3_vl": "ivtp.backbones.qwen_vl",
     "internvl": "ivtp.backbones.internvl",
+    "clip": "ivtp.backbones.clip_vit",
+    "siglip": "ivtp.backbones.siglip_vit",
     "clip_vision_model": "ivtp.backbones.clip_vit",
     "siglip_vision_model": "ivtp.backbones.siglip_vit",
     "timm.VisionTransformer": "ivtp.backbones.timm_vit",
+    "timm.Eva": "ivtp.backbones.timm_vit",
+    **dict.fromkeys(
+        ("open_clip.VisionTransformer", "open_clip.TimmModel", "open_clip.CLIP", "open_clip.CustomTextCLIP"),
+        "ivtp.backbones.open_clip_vit",
+    ),
 }
 
 

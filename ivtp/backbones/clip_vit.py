@@ -115,14 +115,18 @@ def score_bias(tokens: Tokens, bias: Tensor | None) -> Tensor | None:
 
 
 def shape(model, prefix: int = 1) -> Shape:
-    """Sizes of a CLIP vision tower or of its config; `prefix`: 0 for a tower without class token."""
-    config = getattr(model, "config", model)
+    """Sizes of a CLIP vision tower, of a whole CLIP (with the projection of its images; texts are read once, not for
+    every image), or of the config of either; `prefix`: 0 for a tower without class token."""
+    whole = getattr(model, "config", model)
+    config = getattr(whole, "vision_config", whole)
     heads = config.num_attention_heads
     width = config.hidden_size
     side = config.patch_size
     layers = Layers(config.num_hidden_layers, width, config.intermediate_size, heads, heads, width // heads, 2)
     patches = (config.image_size // side) ** 2
-    return Shape(layers, patches, config.num_channels * side * side, prefix=prefix, has_cls=prefix > 0)
+    classes = whole.projection_dim if whole is not config and prefix else 0
+    inputs = config.num_channels * side * side
+    return Shape(layers, patches, inputs, prefix=prefix, has_cls=prefix > 0, classes=classes)
 
 
 def pool(tower: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor]:

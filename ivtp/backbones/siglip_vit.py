@@ -20,9 +20,10 @@ of a method gets the mean of all queries' rows."""
 
 
 def shape(model) -> Shape:
-    """Sizes of a SigLIP vision tower or of its config, its pooling head included."""
+    """Sizes of a SigLIP vision tower, of a whole SigLIP, or of the config of either, its pooling head included."""
     sizes = clip_vit.shape(model, prefix=0)
-    headed = getattr(model, "config", model).vision_use_head
+    config = getattr(model, "config", model)
+    headed = getattr(config, "vision_config", config).vision_use_head
     return replace(sizes, pool=replace(sizes.vision, depth=1)) if headed else sizes
 
 

@@ -1,15 +1,15 @@
-"""timm's `VisionTransformer`, with class token or average pooling."""
+"""timm's `VisionTransformer` and `Eva` (EVA-02 and others with rotary positions): class token or pooling."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import torch
 from timm.layers import Format
 from torch import Tensor, nn
 
-from ivtp.backbones import VisionRun, replaced
+from ivtp.backbones import ModelError, VisionRun, kernel_calls, replaced
 from ivtp.backbones.clip_vit import sample_number, score_bias, shrink, spread
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.cost import Layers, Shape
@@ -19,20 +19,18 @@ from ivtp.pruning.traverse import traverse
 
 
 class TimmVit:
-    """A timm `VisionTransformer` as a stack.
+    """A timm `VisionTransformer` or `Eva` as a stack.
 
     Without a class token every patch refers: a patch's importance is the attention it gets from all of them, which is
-    what average pooling reads. Register tokens are neither pruned nor asked.
+    what average pooling reads. Register tokens are neither pruned nor asked. Where positions are rotary, a patch keeps
+    its own until the end.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.depth = len(model.blocks)
-        for block in model.blocks:
-            if not all(hasattr(block, name) for name in ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")):
-                raise TypeError(f"timm block {type(block).__name__} cannot be opened between attention and FFN")
-            if not all(hasattr(block.attn, name) for name in ("qkv", "q_norm", "k_norm", "scale")):
-                raise TypeError(f"timm attention {type(block.attn).__name__} does not show q, k and v")
+        self.rope: Tensor | None = None  # of the patches of this batch: "v 2e", or per layer and head "l h v 2e"
+        self.row: Tensor | None = None  # of `rope`, for each place in the image
 
     def embed(self, image: Tensor, grid: tuple[int, int] | None = None) -> Tokens:
         """Patches behind class and register tokens, "b p+v d"; `grid`: of an image shrunk to such rows and columns."""
@@ -40,16 +38,11 @@ class TimmVit:
         if grid is None:
             x = self.model._pos_embed(embed(image))
         else:
-            with ExitStack() as stack:
-                for module, name, value in (
-                    (embed, "strict_img_size", False),
-                    (embed, "flatten", False),
-                    (embed, "output_fmt", Format.NHWC),
-                    (self.model, "dynamic_img_size", True),
-                ):
-                    stack.enter_context(replaced(module, value, name))
+            with self._sized(grid):
                 x = self.model._pos_embed(embed(shrink(image, grid, embed.patch_size)))
-        x = self.model.norm_pre(self.model.patch_drop(x))
+        if isinstance(x, tuple):
+            x, self.rope = x
+        x = self.model.norm_pre(x)
         prefix = self.model.num_prefix_tokens
         place = torch.arange(x.shape[1], device=x.device)[None]
         has_cls = self.model.cls_token is not None
@@ -60,79 +53,142 @@ class TimmVit:
             position=(place - prefix).expand(x.shape[0], -1),
             sample=sample_number(image),
         )
-        return tokens if grid is None else spread(tokens, grid, embed.grid_size)
+        tokens = tokens if grid is None else spread(tokens, grid, embed.grid_size)
+        patch = tokens.position[0, prefix:]
+        self.row = torch.zeros(embed.num_patches, dtype=torch.long, device=x.device)
+        self.row[patch] = torch.arange(len(patch), device=x.device)
+        return tokens
+
+    @contextmanager
+    def _sized(self, grid: tuple[int, int]) -> Iterator[None]:
+        """The model takes images of another grid, and resizes its position embeddings in its own way."""
+        embed, rope = self.model.patch_embed, getattr(self.model, "rope", None)
+        with ExitStack() as stack:
+            for module, name, value in (
+                (embed, "strict_img_size", False),
+                (embed, "flatten", False),
+                (embed, "output_fmt", Format.NHWC),
+                (self.model, "dynamic_img_size", True),
+            ):
+                stack.enter_context(replaced(module, value, name))
+            if getattr(rope, "feat_shape", None) is not None:
+                stack.callback(rope.update_feat_shape, rope.feat_shape)
+                rope.update_feat_shape(list(grid))
+            yield
 
     def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
         block = self.model.blocks[layer]
         bias = score_bias(tokens, tokens.size.log() if proportional and layer > 0 else None)
         mask = None if bias is None else bias[:, None, None, :].to(tokens.x.dtype)
-        with recorded(block.attn) as seen:
-            x = tokens.x + block.drop_path1(block.ls1(block.attn(block.norm1(tokens.x), attn_mask=mask)))
-        return x, Attention(*qkv(seen), block.attn.scale, bias)
+        x = block.norm1(tokens.x)
+        output, qkv = kernel_calls.call(block.attn, x, attn_mask=mask, **self._rotary(layer, tokens))
+        x = tokens.x + block.drop_path1(scaled(block, 1, output))
+        return x, Attention(*qkv, block.attn.scale, bias)
 
     def peek(self, layer: int, tokens: Tokens) -> Attention:
         block = self.model.blocks[layer]
-        with recorded(block.attn, only=True) as seen, suppress(_Enough):
-            block.attn(block.norm1(tokens.x))
-        return Attention(*qkv(seen), block.attn.scale, score_bias(tokens, None))
+        qkv = kernel_calls.peek(block.attn, block.norm1(tokens.x), **self._rotary(layer, tokens))
+        return Attention(*qkv, block.attn.scale, score_bias(tokens, None))
+
+    def _rotary(self, layer: int, tokens: Tokens) -> dict[str, Tensor]:
+        """Each patch's own rotary position, "b 1 v 2e" or "b h v 2e"; nothing for a model without."""
+        if self.rope is None:
+            return {}
+        rope = self.rope[layer] if self.model.rope_mixed else self.rope[None]
+        rows = self.row[tokens.position[:, self.model.num_prefix_tokens :]]
+        return {"rope": rope[:, rows].transpose(0, 1)}
 
     def norm(self, x: Tensor) -> Tensor:
         return self.model.norm(x)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         block = self.model.blocks[layer]
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return x + block.drop_path2(scaled(block, 2, block.mlp(block.norm2(x))))
 
     def leave(self, layer: int, tokens: Tokens) -> Tokens:
         return tokens
 
 
-class _Enough(Exception):
-    """Nothing more of a layer has to be computed."""
+BLOCKS = ("Block", "EvaBlock")
+ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 
 
-@contextmanager
-def recorded(attn: nn.Module, only: bool = False) -> Iterator[dict[str, Tensor]]:
-    """What the parts of a timm attention module give out; `only`: the module stops once q, k and v are known."""
-    seen: dict[str, Tensor] = {}
+def check(model: nn.Module) -> None:
+    """Raises ModelError for a model whose layers would have to be opened, or counted, in another way."""
+    kv_heads = set()
+    for block in model.blocks:
+        if type(block).__name__ not in BLOCKS:
+            raise ModelError(
+                f"timm block {type(block).__name__} cannot be opened between attention and FFN; supported: "
+                + ", ".join(BLOCKS)
+            )
+        attn = block.attn
+        if type(attn).__name__ not in ATTENTIONS or getattr(attn, "gate", None) is not None:
+            raise ModelError(
+                f"timm attention {type(attn).__name__}{' with a gate' * hasattr(attn, 'gate')} is not known; supported: "
+                f"{', '.join(ATTENTIONS)}, without a gate"
+            )
+        if not attn.fused_attn:
+            raise ModelError(
+                "timm was told not to fuse attention, so that nobody sees q, k and v; leave TIMM_FUSED_ATTN=0 out"
+            )
+        kv_heads.add(getattr(attn, "num_kv_heads", attn.num_heads))
+    if len(kv_heads) > 1:
+        raise ModelError(f"timm blocks with {sorted(kv_heads)} key heads are not counted; supported: as many in each")
+    pool = model.attn_pool
+    if pool is not None and (type(pool).__name__ != "AttentionPoolLatent" or pool.latent_len > 1):
+        raise ModelError(
+            f"timm pooling {type(pool).__name__} is not known; supported: class token, avg, max, avgmax, and map with "
+            "one query"
+        )
 
-    def record(name: str):
-        def hook(_, __, out):
-            seen[name] = out
-            if only and len(seen) == 3:
-                raise _Enough
 
-        return hook
-
-    hooks = [getattr(attn, name).register_forward_hook(record(name)) for name in ("qkv", "q_norm", "k_norm")]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+def scaled(block: nn.Module, branch: int, y: Tensor) -> Tensor:
+    """The block's layer scale of its first (attention) or second (FFN) branch, whatever it is called."""
+    if hasattr(block, f"ls{branch}"):
+        return getattr(block, f"ls{branch}")(y)
+    gamma = getattr(block, f"gamma_{branch}")
+    return y if gamma is None else gamma * y
 
 
-def qkv(seen: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v "b h n e"; v comes with the joint projection."""
-    q, k = seen["q_norm"], seen["k_norm"]
-    b, h, n, e = q.shape
-    return q, k, seen["qkv"].view(b, n, 3, h, e)[:, :, 2].transpose(1, 2)
-
-
-def mean_for_padding(x: Tensor, tokens: Tokens) -> Tensor:
-    """Padding becomes the mean of its sample's real patches, so that an average over all places is that of those."""
+def mean_for_padding(x: Tensor, tokens: Tokens, prefix: bool) -> Tensor:
+    """Padding becomes the mean of its sample's real patches (`prefix`: and of what is before them), so that an average
+    over all places is that of those."""
     if bool(tokens.valid.all()):
         return x
-    real = (tokens.visual & tokens.valid)[:, :, None].to(x.dtype)
+    real = ((tokens.visual | prefix) & tokens.valid)[:, :, None].to(x.dtype)
     mean = (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
     return torch.where(tokens.valid[:, :, None], x, mean)
 
 
+@contextmanager
+def unseen(pool: nn.Module, tokens: Tokens, prefix: bool) -> Iterator[None]:
+    """Within the context the keys that are only padding are hidden from timm's attention pooling."""
+    bias = score_bias(tokens, None)
+    if bias is None:
+        yield
+        return
+    bias = bias if prefix else bias[:, int(tokens.visual[0].int().argmax()) :]
+    mask = {"attn_mask": bias[:, None, None].to(tokens.x.dtype)}
+    hook = pool.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | mask), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def shape(model) -> Shape:
-    """Sizes of a timm `VisionTransformer`."""
-    block = model.blocks[0]
-    heads, head_width = block.attn.num_heads, block.attn.head_dim
-    layers = Layers(len(model.blocks), model.embed_dim, block.mlp.fc1.out_features, heads, heads, head_width, 2)
+    """Sizes of a timm `VisionTransformer` or `Eva`."""
+    check(model)
+    attn, mlp, pool = model.blocks[0].attn, model.blocks[0].mlp, model.attn_pool
+    kv_heads, inner = getattr(attn, "num_kv_heads", attn.num_heads), mlp.fc2.in_features
+    gated = hasattr(mlp, "fc1_g") or mlp.fc1.out_features == 2 * inner
+    width, head_width = model.embed_dim, attn.head_dim
+    layers = Layers(len(model.blocks), width, inner, attn.num_heads, kv_heads, head_width, 3 if gated else 2)
+    if pool is not None:
+        ffn = pool.mlp.fc1.out_features if pool.mlp is not None else 0
+        pool = Layers(1, width, ffn, pool.num_heads, pool.num_heads, pool.head_dim, 2)
+    heads = [getattr(model, name, None) for name in ("head", "head_dist")]  # DeiT's distilled ones have two
     projection = model.patch_embed.proj
     inputs = projection.in_channels * projection.kernel_size[0] * projection.kernel_size[1]
     return Shape(
@@ -141,13 +197,21 @@ def shape(model) -> Shape:
         inputs,
         prefix=model.num_prefix_tokens,
         has_cls=model.cls_token is not None,
-        classes=getattr(model.head, "out_features", 0),
+        pool=pool,
+        pool_prefix=model.num_prefix_tokens if pools_prefix(model) else 0,
+        classes=sum(getattr(head, "out_features", 0) for head in heads),
         columns=model.patch_embed.grid_size[1],
     )
 
 
+def pools_prefix(model: nn.Module) -> bool:
+    """Whether pooling reads class and register tokens too; `Eva` does not ask, and gives its attention pool all."""
+    return getattr(model, "pool_include_prefix", model.attn_pool is not None)
+
+
 @contextmanager
 def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iterator:
+    check(model)
     run = VisionRun()
     stack = TimmVit(model)
 
@@ -160,7 +224,10 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iter
             return model.norm(tokens.x)
 
     def pool(x, *args, **kwargs):
-        return plain_pool(mean_for_padding(x, left[0]), *args, **kwargs)
+        if model.attn_pool is None:
+            return plain_pool(mean_for_padding(x, left[0], pools_prefix(model)), *args, **kwargs)
+        with unseen(model.attn_pool, left[0], pools_prefix(model)):
+            return plain_pool(x, *args, **kwargs)
 
     left: list[Tokens] = []
     plain_pool = model.pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,6 +12,19 @@ import torch
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+
+def _whole_attention(x, _, __, ___, heads, qkv, ____, out, *_____, **______) -> int:
+    """`nn.MultiheadAttention` as one kernel: projections in and out, and the attention between."""
+    b, n, d = x
+    one = b, heads, n, d // heads
+    return 2 * b * n * (math.prod(qkv) + math.prod(out)) + sdpa_flop_count(one, one, one)
+
+
+# Kernels for CPUs that torch's counter does not know; the first one it does from 2.15 on.
+KERNELS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._native_multi_head_attention: _whole_attention,
+}
 PARTS = ("vision", "projector", "text_encoder", "language", "pruner")
 
 
@@ -64,14 +78,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter; versions before 2.15 know no formula for the CPU's fused attention and count it as nothing."""
-
-    def fused(q, k, v, *_, **__) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    return FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
-    )
+    """torch's counter, with formulas for the CPU's kernels that it would count as nothing."""
+    return FlopCounterMode(display=False, custom_mapping=KERNELS)
 
 
 class FlopParts:

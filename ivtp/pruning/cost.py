@@ -59,7 +59,7 @@ class Shape:
     patch_inputs  numbers in one patch (3 × side²)
     prefix        tokens before the patches (class token, registers)
     has_cls       one of them is a class token; else the mean of all patches judges
-    pool          attention pooling of what is left, behind the layers
+    pool          attention pooling of what is left, behind the layers; pool_prefix: so many tokens before it read too
     classes       width of what is made of one vector behind them: a classifier, or the joint space of a dual encoder
     projector_in  width of what the projector reads (several feature layers are joined)
     projector_hidden  width between its two matrices; 0: the language model's
@@ -79,6 +79,7 @@ class Shape:
     prefix: int = 1
     has_cls: bool = True
     pool: Layers | None = None
+    pool_prefix: int = 0
     classes: int = 0
     projector_in: int = 0
     language: Layers | None = None
@@ -158,7 +159,7 @@ def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = No
     vision += 2 * patches * shape.unit * shape.patch_inputs * shape.vision.width
     vision += 2 * shape.vision.width * shape.classes
     if shape.pool is not None:
-        vision += shape.pool.pooling(shape.prefix + v)
+        vision += shape.pool.pooling(shape.pool_prefix + v)
     counts = [shape.crops * count for count in counts]
     vision, scores, v = shape.crops * vision, shape.crops * scores, shape.crops * v
     projector = language = text_encoder = 0

@@ -142,7 +142,7 @@ def test_dropping_tokens_is_hiding_them_from_the_unmodified_llava(name, kernel, 
 
 
 @pytest.mark.parametrize("name", PRUNERS)
-@pytest.mark.parametrize("backbone", ["timm_avg", "clip_sdpa", "siglip_sdpa"])
+@pytest.mark.parametrize("backbone", ["timm_avg", "timm_eva02", "clip_sdpa", "siglip_sdpa", "openclip_tok"])
 def test_an_image_is_pruned_the_same_in_any_batch(name, backbone):
     model, pixels = vision_model(backbone), images(3)
     plan = plan_of(name, model)

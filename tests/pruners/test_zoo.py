@@ -236,7 +236,19 @@ def test_pooling_to_a_third_is_plain_average_pooling():
     close(out.x, pooled)
 
 
-@pytest.mark.parametrize("backbone", ["timm_cls", "timm_avg", "timm_registers", "clip_sdpa", "siglip_sdpa"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "timm_cls",
+        "timm_avg",
+        "timm_registers",
+        "timm_eva02",
+        "timm_eva_mixed",
+        "timm_eva_dinov3",
+        "clip_sdpa",
+        "siglip_sdpa",
+    ],
+)
 def test_a_small_image_runs_through_the_tower_as_such(backbone):
     """At the size of the grid that is left, the model's own way to resize its position embeddings."""
     model, pixels = vision_model(backbone), images(2)
@@ -249,6 +261,8 @@ def test_a_small_image_runs_through_the_tower_as_such(backbone):
         resized = make_timm(backbone)
         resized.set_input_size(img_size=(21, 21))
         close(actual, resized.forward_features(small))
+        # Whole images are read as before, with the rotary positions of their own grid.
+        assert torch.equal(model.forward_features(pixels), make_timm(backbone).forward_features(pixels))
         assert model.patch_embed.strict_img_size
         assert not model.dynamic_img_size
     else:
