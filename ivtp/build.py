@@ -12,6 +12,7 @@ from ivtp.data.batches import CHAT, Collate, QuestionData
 from ivtp.models import EMBEDDED, load_model, shape_of, source_shape
 from ivtp.pruners import PRUNERS, load_pruner
 from ivtp.pruners.budget import solve
+from ivtp.pruners.planner import Planner
 from ivtp.pruning.conventions import resampler
 from ivtp.pruning.cost import Cost, Shape, cost
 from ivtp.pruning.pruner import Plan
@@ -34,6 +35,7 @@ class Row:
     position_ids: str
     plan: Plan
     cost: Cost
+    planner: Planner | None = None
     paper: str | None = None
     stand_in: str | None = None
     seeds_of: str | None = None
@@ -63,6 +65,9 @@ def build_model(config: DictConfig, device: str = "cpu"):
         device=device,
         revision=c.revision,
         attn_implementation=c.attn_implementation,
+        device_map=c.get("device_map"),
+        load_in_4bit=c.get("load_in_4bit", False),
+        trust_remote_code=c.get("trust_remote_code", False),
     )
 
 
@@ -74,8 +79,18 @@ def build_shape(config: DictConfig) -> Shape:
     c = config.model
     settings = OmegaConf.to_container(c.get("config") or OmegaConf.create({}))
     if settings:
-        return shape_of(AutoConfig.for_model(**settings))
-    return source_shape(c.source, c.text_encoder, c.revision)
+        return shape_of(AutoConfig.for_model(**settings), usual_image(config))
+    return source_shape(c.source, c.text_encoder, c.revision, usual_image(config))
+
+
+def usual_image(config: DictConfig) -> tuple[int, int] | None:
+    """Height and width of the image that budgets and cost are worked out for, where the model reads several sizes."""
+    image = config.model.get("image")
+    if image is None:
+        return None
+    if len(image) != 2 or not all(isinstance(side, int) and side > 0 for side in image):
+        raise UserError(f"model.image={list(image)} must be a height and a width in pixels, as in [672,672]")
+    return image[0], image[1]
 
 
 def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> QuestionData:
@@ -117,7 +132,7 @@ def plan_rows(rows: list[dict], shape: Shape, text: int, instruction: int) -> li
 
         def build(keep: int | None, name=name, settings=settings, row=row) -> Plan:
             given = {} if keep is None else {"keep": keep}
-            return load_pruner(name, shape, row["position_ids"], **settings, **given)
+            return load_pruner(name, shape, row["position_ids"], row["budget"].get("per", "image"), **settings, **given)
 
         def spend(keep: int | None, build=build) -> Cost:
             return cost(shape, build(keep), text, instruction)
@@ -137,8 +152,19 @@ def plan_rows(rows: list[dict], shape: Shape, text: int, instruction: int) -> li
         except ValueError as error:
             raise UserError(f"row {row['label']!r}: {error}") from error
         pruner = row["pruner"] | ({} if keep is None else {"keep": keep})
-        planned[row["label"]] = Row(**{**row, "pruner": pruner}, plan=plan, cost=spent)
+        planner = planner_of(row, shape, settings, keep)
+        planned[row["label"]] = Row(**{**row, "pruner": pruner}, plan=plan, cost=spent, planner=planner)
     return list(planned.values())
+
+
+def planner_of(row: dict, shape: Shape, settings: dict, keep: int | None) -> Planner:
+    """The row for images of any size: a budget of tokens counts them in each, all others fix their share."""
+    per = row["budget"].get("per", "image")
+    settings = settings | {"position_ids": row["position_ids"], "per": per}
+    if keep is not None:
+        settings["keep"] = keep
+    counts = keep is None or not shape.by_image or "keep" in row["budget"]
+    return Planner(row["pruner"]["name"], shape, settings, None if counts else keep / shape.tokens)
 
 
 def model_identity(config: DictConfig, model) -> dict:

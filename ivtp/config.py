@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ivtp.pruners import PRUNERS, list_pruners
-from ivtp.pruners.budget import KINDS, chosen
+from ivtp.pruners.budget import KINDS, PER, chosen
 from ivtp.registry import UnknownName, UserError, unknown
 
 # In the wheel the configs are inside the package; in a checkout they are the top-level folder.
@@ -184,7 +184,9 @@ def variants(config: DictConfig) -> Iterator[dict]:
             pruner = base["pruner"] if name == base["pruner"]["name"] else pruner_defaults(name)
             pruner = {k: base["seed"] if v == "${seed}" else v for k, v in pruner.items()}
             budget = {k: settings.pop(k) for k in KINDS if k in settings and k not in pruner}
-            budget = dict([chosen(budget or row.get("budget", base["budget"]))])
+            given = budget or row.get("budget", base["budget"])
+            per = given.get(PER, base["budget"][PER])
+            budget = dict([chosen(given)]) | ({} if per == "image" else {PER: per})
             position_ids = settings.pop("position_ids", None) or row.get("position_ids", base["position_ids"])
             for key in settings:
                 if key not in pruner:

@@ -65,7 +65,7 @@ class Evaluator:
             more = {"shared": self.shared, "judge": self.data.judge} | ({"part": watch} if watch else {})
             generation = self.data.generation or {"max_new_tokens": self.config.data.max_new_tokens}
             module = Answer(
-                self.model, self.processor, row.plan, record, watch=self.watch, generation=generation, **more
+                self.model, self.processor, row.planner, record, watch=self.watch, generation=generation, **more
             )
             hits = self.shared.hits if self.shared else 0
             before = len(outcomes)
@@ -126,6 +126,8 @@ class Evaluator:
 
     def count(self, plan) -> dict:
         """FLOPs of one prefill of the first sample: as torch counts the executed ones, and in closed form."""
+        if shape_of(self.model).by_image:
+            raise UserError("measure=true counts one size of images, but this model reads several; leave it out")
         batch = self.data.collate([self.data.data[0]])
         question = batch.samples[0]["question"]
         shape = shape_of(self.model)

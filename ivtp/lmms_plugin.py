@@ -20,7 +20,7 @@ from ivtp.data.generation import cut, settings, stops
 from ivtp.data.lmms import shown
 from ivtp.evaluation.answer import respond
 from ivtp.models import load_model, shape_of
-from ivtp.pruners import load_pruner
+from ivtp.pruners.planner import Planner
 from ivtp.registry import UserError
 
 
@@ -68,7 +68,8 @@ class Ivtp(lmms):
             revision=revision,
             attn_implementation=attn_implementation,
         )
-        self.plan = load_pruner(pruner, shape_of(self.model), **more)
+        self.plan = Planner(pruner, shape_of(self.model), more)
+        self.plan.outline  # noqa: B018  what is asked wrongly is said before the first request
         self.collate, self.batch_size = Collate(self.processor, prompt), int(batch_size)
         self.is_simple = prompt != CHAT  # which kind of request lmms-eval makes
 

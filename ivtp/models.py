@@ -134,7 +134,9 @@ def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
     if image is None:
         return shape(model)
     if "image" not in signature(shape).parameters:
-        raise ModelError(f"image={list(image)}, but every image has the same number of tokens in this model; leave it out")
+        raise ModelError(
+            f"image={list(image)}, but every image has the same number of tokens in this model; leave it out"
+        )
     return shape(model, image)
 
 

@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> Path:
     rows = [row for row in rows if not row["stand_in"]]
     device = pick_device(config)
     model, processor = build.build_model(config, device)
-    shape = build.shape_of(model)
+    shape = build.shape_of(model, build.usual_image(config))
     data = build.build_data(config, processor, shape, config.trainer.batch_size)
     text, instruction = prompt_lengths(data.survey, processor)
     planned = build.plan_rows(rows, shape, text, instruction)
@@ -86,7 +86,8 @@ def run(arguments: Sequence[str]) -> Path:
 
     from ivtp.report import report, viewer
 
-    watch = viewer.save(folder, data.data, processor, config.viewer)
+    # Pictures of kept patches need one grid for all images.
+    watch = viewer.save(folder, data.data, processor, 0 if shape.by_image else config.viewer)
     from ivtp.evaluator import Evaluator
 
     evaluator = Evaluator(model, processor, data, config, folder, console, watch)

@@ -17,7 +17,13 @@ TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
-TOWER = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 7, "num_attention_heads": 3, "num_channels": 3}
+TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 37,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 3,
+    "num_channels": 3,
+}
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -236,7 +242,12 @@ def internvl():
     words = tokenizer(**names)
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
-            **TOWER, image_size=[42, 42], patch_size=[7, 7], use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=False
+            **TOWER,
+            image_size=[42, 42],
+            patch_size=[7, 7],
+            use_qk_norm=True,
+            norm_type="rms_norm",
+            use_mean_pooling=False,
         ),
         text_config=Qwen2Config(**TEXT, vocab_size=len(words)),
         image_token_id=words.context_image_token_id,

@@ -99,7 +99,10 @@ def qwen_features(model, batch, cuts):
             side = config.window_size // config.patch_size
             of = row // side * 1000 + column // side
             window = of[:, None] == of
-        own = [replace(cut, position=cut.position[number : number + 1], valid=cut.valid[number : number + 1]) for cut in cuts]
+        own = [
+            replace(cut, position=cut.position[number : number + 1], valid=cut.valid[number : number + 1])
+            for cut in cuts
+        ]
         hidden = [gone[0] for gone in hidden_from(own, config.depth, len(x) // unit, 1)]
         found = []
         for layer, block in enumerate(tower.blocks):

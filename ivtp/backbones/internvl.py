@@ -79,11 +79,9 @@ class InternFront:
 
 def runs(image: Tensor) -> list[int]:
     """Lengths of the runs of image tokens, prompt after prompt."""
-    _, number, counts = torch.unique_consecutive(
-        torch.nn.functional.pad(image, (0, 1)).flatten(), return_inverse=True, return_counts=True
-    )
-    starts = counts.cumsum(0) - counts
-    return counts[torch.nn.functional.pad(image, (0, 1)).flatten()[starts]].tolist()
+    between = torch.nn.functional.pad(image, (0, 1)).flatten()  # no run goes on into the next prompt
+    kind, counts = torch.unique_consecutive(between, return_counts=True)
+    return counts[kind].tolist()
 
 
 def shape(model, image: tuple[int, int] | None = None) -> Shape:

@@ -40,7 +40,10 @@ class QwenVit:
         self.window, self.rank = self.frame, torch.arange(units, device=tower.device)
         if hasattr(tower, "window_size"):
             order, bounds = get_vision_window_index(
-                thw, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
+                thw,
+                spatial_merge_size=tower.spatial_merge_size,
+                window_size=tower.window_size,
+                patch_size=tower.patch_size,
             )
             order = order.to(tower.device)
             counts = (bounds[1:] - bounds[:-1]).to(tower.device) // self.unit
@@ -54,7 +57,9 @@ class QwenVit:
     def embed(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tokens:
         """Patches of b images "b p i" as units "b v 4·d"."""
         if grid is not None:
-            raise ValueError("this tower reads images at their own size; shrink them with the processor's size settings")
+            raise ValueError(
+                "this tower reads images at their own size; shrink them with the processor's size settings"
+            )
         b = patches.shape[0]
         x = self.tower.patch_embed(patches.flatten(0, 1).to(self.tower.dtype))
         if hasattr(self.tower, "pos_embed"):
@@ -74,9 +79,8 @@ class QwenVit:
         """Real units in the order of the model's own forward: flat places, tokens of the whole batch; and their rotary
         embedding "p e"."""
         if self._packing is None or self._packing[0] is not tokens.position:
-            b, v = tokens.position.shape
-            order = (self.rank[tokens.position] + torch.arange(b, device=tokens.x.device)[:, None] * len(self.rank)).flatten()
-            order = order.argsort(stable=True)
+            image = torch.arange(len(tokens.x), device=tokens.x.device)[:, None]
+            order = (self.rank[tokens.position] + image * len(self.rank)).flatten().argsort(stable=True)
             order = order[tokens.valid.flatten()[order]]
             position = tokens.position.flatten()[order]
             rope = tuple(t[position].flatten(0, 1) for t in self.rope)

@@ -19,6 +19,7 @@ class Trace:
     language  one entry per cut in the language model: a row per prompt; positions count its visual tokens, image after
               image. For one image without crops they are patches as well
     entered   which visual tokens reached the language model, in the same count
+    visual    "b" how many visual tokens each prompt had
     early     logits "b vocabulary" read out at the end of part 1 through the final norm and the LM head
     words     per sample: (text, relevance) of every instruction token, when guidance was used
     Where images of one batch have other sizes, rows are filled up with what is not valid.
@@ -27,6 +28,7 @@ class Trace:
     vision: list[Kept] = field(default_factory=list)
     language: list[Kept] = field(default_factory=list)
     entered: Kept | None = None
+    visual: Tensor | None = None
     early: Tensor | None = None
     words: list[list[tuple[str, float]] | None] | None = None
 
@@ -55,6 +57,7 @@ def merged(traces: Sequence[Trace], rows: Sequence[int], order: Tensor) -> Trace
         cuts("vision"),
         cuts("language"),
         together(entered, rows, order) if any(e is not None for e in entered) else None,
+        None if traces[0].visual is None else torch.cat([trace.visual for trace in traces])[order.cpu()],
         early,
         words,
     )

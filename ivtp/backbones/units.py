@@ -23,6 +23,8 @@ class UnitAttention(Attention):
     prefix: int = 0
 
     def rows(self, index: Tensor) -> Tensor:
+        if bool((index < self.prefix).all()):
+            return self._fold(super().rows(index))
         b, a = index.shape
         first = torch.where(index < self.prefix, index, self.prefix + (index - self.prefix) * self.unit)
         step = torch.arange(self.unit, device=index.device)
@@ -97,7 +99,7 @@ class WindowAttention(UnitAttention):
 
     def rows(self, index: Tensor) -> Tensor:
         """One row after another: whoever wants many of them wants `propagate`."""
-        b, n = self.inside.shape
+        n = self.inside.shape[1]
         rows = [self.propagate(torch.nn.functional.one_hot(column, n).float()) for column in index.unbind(1)]
         return torch.stack(rows, 1)
 

@@ -88,7 +88,7 @@ class Front(Protocol):
         """What the projector reads of what left the tower "c n f"."""
 
     def project(self, features: Tensor) -> Tensor:
-        """"c n f" → "c n d" of the language model."""
+        """ "c n f" → "c n d" of the language model."""
 
     def cls(self, stack: Stack, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """What stands for the whole of every crop "c f" where the projector reads, and where CLIP compares (if it does)."""
@@ -168,7 +168,12 @@ class PrunedModel:
                 raise ValueError(
                     f"{wish}=True: layers have different lengths under pruning; use the run's trace instead"
                 )
-        for wish in ("vision_feature_layer", "vision_feature_select_strategy", "mm_encoder_outputs", "vision_aspect_ratio"):
+        for wish in (
+            "vision_feature_layer",
+            "vision_feature_select_strategy",
+            "mm_encoder_outputs",
+            "vision_aspect_ratio",
+        ):
             if inputs.get(wish) not in (None, getattr(self.model.config, wish, None)):
                 raise ValueError(
                     f"{wish} is not read by a pruned forward; set it in the model's config or leave it out"
@@ -322,9 +327,10 @@ class PrunedModel:
             size, real = torch.ones(slot.shape, device=slot.device), torch.ones_like(slot, dtype=torch.bool)
             raster = slot.argsort(1)
         else:
-            number = tokens.of_visual(tokens.position) + layout.shape.patches * (
-                torch.arange(len(rows), device=rows.device) % crops
-            )[:, None]
+            number = (
+                tokens.of_visual(tokens.position)
+                + layout.shape.patches * (torch.arange(len(rows), device=rows.device) % crops)[:, None]
+            )
             slot_of = torch.full((layout.shape.tokens,), -1, device=rows.device)
             slot_of[layout.slots[layout.slots >= 0]] = (layout.slots >= 0).nonzero()[:, 0]
             slot = slot_of[number].view(images, v)
@@ -387,7 +393,9 @@ class PrunedModel:
         if seen.looks:
             ranks = (image - first)[:, seen.carries].contiguous()
             cuts = [replace(cut, position=torch.searchsorted(ranks, cut.position.contiguous())) for cut in cuts]
-        trace = replace(trace, language=cuts, entered=seen.entered(plan), early=early[0] if early else None)
+        visual = torch.full((len(rows),), int(seen.carries.sum()) if seen.looks else 0)
+        entered = Kept(-1, "block", seen.rank, seen.real) if seen.looks else None
+        trace = replace(trace, language=cuts, entered=entered, visual=visual, early=early[0] if early else None)
         return hidden, stack.valid, trace
 
     def _fill(self, input_ids, place, valid, image, seen: Seen) -> Tokens:
@@ -523,12 +531,6 @@ class Seen:
 
     def joint(self) -> Tensor:
         return torch.cat([look.joint()[rows] for look, rows in self.looks], 1)
-
-    def entered(self, plan: Plan) -> Kept | None:
-        """What the tower left of each prompt's visual tokens; None where it left all."""
-        if not self.looks:
-            return None
-        return Kept(-1, "block", self.rank, self.real)
 
 
 def looks_of(looks: dict, number: int) -> tuple[Look, int]:

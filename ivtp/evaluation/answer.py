@@ -12,14 +12,16 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from ivtp.backbones.shared import SharedVision
+from ivtp.backbones.trace import Trace
 from ivtp.data.answers import exact, normalise
 from ivtp.data.batches import Batch
 from ivtp.models import prune
+from ivtp.pruners.planner import Planner
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.traverse import Kept
 
 
-def respond(model: nn.Module, processor, plan: Plan, batch: Batch, generation: Mapping, **more):
+def respond(model: nn.Module, processor, plan: Plan | Planner, batch: Batch, generation: Mapping, **more):
     """What `model` answers under `plan`, greedily: texts, generated tokens "b t", and the run.
 
     generation  settings of `generate`; more: of `prune`
@@ -44,7 +46,7 @@ class Answer(L.LightningModule):
         self,
         model: nn.Module,
         processor,
-        plan: Plan,
+        plan: Plan | Planner,
         record: Callable[[list[dict]], None],
         max_new_tokens: int = 16,
         watch: Collection[str] = (),
@@ -58,6 +60,8 @@ class Answer(L.LightningModule):
         self._model = [model]
         self.processor, self.plan, self.record = processor, plan, record
         self.watch, self.shared, self.part, self.judge = watch, shared, part, judge
+        self.outline = plan if isinstance(plan, Plan) else plan.outline
+        self.by_image = not isinstance(plan, Plan) and plan.shape.by_image
         self.generation = {"max_new_tokens": max_new_tokens, **(generation or {})}
         self.accuracy = MeanMetric()
         self.seconds = 0.0
@@ -75,7 +79,7 @@ class Answer(L.LightningModule):
     def test_step(self, batch: Batch, index: int) -> None:
         start = time.perf_counter()
         more = {"shared": self.shared, "part": self.part, "read_early": True}
-        if self.plan.reads_truth:
+        if self.outline.reads_truth:
             more["truth"] = torch.stack([sample["patches"] for sample in batch.samples])
         texts, tokens, run = respond(self.model, self.processor, self.plan, batch, self.generation, **more)
         self.seconds += time.perf_counter() - start
@@ -93,8 +97,8 @@ class Answer(L.LightningModule):
                     **judged,
                     "early": normalise(early[i]),
                     "early_correct": self.early(sample, judged, early[i], first[i]),
-                    **seen(run.trace.kept, i, sample["patches"]),
-                    "words": run.trace.words and [[word, round(score, 4)] for word, score in run.trace.words[i]],
+                    **(counted(run.trace, i) if self.by_image else seen(run.trace.kept, i, sample["patches"])),
+                    "words": spelled(run.trace.words, i),
                 }
             )
             if sample["id"] in self.watch:
@@ -115,6 +119,20 @@ class Answer(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         if self.accuracy.update_count:
             self.log("accuracy", self.accuracy)
+
+
+def spelled(words: list | None, sample: int) -> list | None:
+    """The words of one prompt with their relevance; None where nobody asked for it, or there is no image."""
+    return words and words[sample] and [[word, round(score, 4)] for word, score in words[sample]]
+
+
+def counted(trace: Trace, sample: int) -> dict:
+    """Where images have other sizes: how many visual tokens a prompt had and how many are left, and which ("left", by
+    their numbers among its visual tokens); patches that could be drawn in a common grid there are none."""
+    before, kept = int(trace.visual[sample]), trace.kept
+    left = None if kept is None else kept.position[sample][kept.valid[sample]].tolist()
+    after = before if left is None else len(left)
+    return {"kept": None, "hit": None, "share": None, "left": left, "visual_tokens": before, "tokens_left": after}
 
 
 def seen(kept: Kept | None, sample: int, asked: torch.Tensor) -> dict:

@@ -76,6 +76,7 @@ def summary(outcomes: Sequence[dict]) -> dict:
         "acc_early": metric("early_correct"),
         "hit": metric("hit"),
         "share": metric("share"),
+        **{name: metric(name) for name in ("visual_tokens", "tokens_left") if outcomes and name in outcomes[0]},
         "images": len(set(images)),
     }
 

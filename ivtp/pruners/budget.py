@@ -10,6 +10,8 @@ from ivtp.pruning.cost import Cost, Shape
 from ivtp.registry import UnknownName, UserError, unknown
 
 KINDS = ("keep", "tflops", "average_tokens", "like", "ratio")
+PER = "per"
+"""Beside the kind: whether `keep` counts the tokens of an image, or of each of its crops."""
 
 
 def solve(budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Mapping[str, Cost] | None = None) -> int:
@@ -21,6 +23,10 @@ def solve(budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Map
     rows    cost of the rows that "like" may name
     """
     kind, value = chosen(budget)
+    if budget.get(PER, "image") != "image" and kind != "keep":
+        raise UserError(
+            f"budget.per={budget[PER]} goes with budget.keep; a share or a cost is of the whole image anyway"
+        )
     if kind == "like":
         if value not in (rows or {}):
             raise UnknownName(unknown("row to take the budget from", str(value), rows or {}))
@@ -55,8 +61,8 @@ def fraction(value: object) -> float:
 
 def chosen(budget: Mapping) -> tuple[str, object]:
     """The one kind of budget that is given; `ratio` only counts where no other is."""
-    if set(budget) - set(KINDS):
-        raise UnknownName(unknown("budget", str(next(iter(set(budget) - set(KINDS)))), KINDS))
+    if set(budget) - {*KINDS, PER}:
+        raise UnknownName(unknown("budget", str(next(iter(set(budget) - {*KINDS, PER}))), [*KINDS, PER]))
     given = [kind for kind in KINDS if budget.get(kind) is not None and kind != "ratio"]
     if len(given) > 1:
         raise UserError(f"budget.{given[0]} and budget.{given[1]} are both given; choose one")
@@ -72,7 +78,7 @@ def asked(budget: Mapping) -> str:
     if kind == "ratio":
         return f"{value} of the tokens" if isinstance(value, str) else f"{100 * value:.3g} % of the tokens"
     return {
-        "keep": f"{value} tokens",
+        "keep": f"{value} tokens" + (" of each crop" if budget.get(PER) == "crop" else ""),
         "tflops": f"{value} TFLOPs",
         "average_tokens": f"{value} tokens on average",
         "like": f"as {value}",

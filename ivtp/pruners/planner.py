@@ -87,7 +87,12 @@ class Fixed:
         if self.plan.vision is not None:
             check(self.plan.vision.schedule, shape.patches, shape.vision.depth, "vision")
         if self.plan.language is not None:
-            check(self.plan.language.schedule, self.plan.leaving(shape.patches, shape.crops), shape.language.depth, "language")
+            check(
+                self.plan.language.schedule,
+                self.plan.leaving(shape.patches, shape.crops),
+                shape.language.depth,
+                "language",
+            )
         return self.plan
 
     def prompt(self, shapes: Sequence[Shape]) -> Plan:

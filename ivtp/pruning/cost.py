@@ -168,7 +168,8 @@ def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = No
         width = shape.language.width
         hidden = shape.projector_hidden or width
         project = shape.projector_in * hidden + hidden * width
-        projector = 2 * project * (v + sum(shape.crops * reached[tap] for tap in shape.taps))
+        projector = 2 * project * v
+        vision += 2 * project * shape.crops * sum(reached[tap] for tap in shape.taps)
         reach, appends = v, plan.appends_to(v)
         appended = plan.part1 if appends else 0
         others = text + shape.separators

@@ -87,7 +87,7 @@ def test_cutting_tokens_is_hiding_them_from_the_untouched_model(kind, name):
         hidden = (inputs["attention_mask"].bool() & ~seen[:, : inputs["input_ids"].shape[1]]).sum(1)
         assert bool((hidden > visual // 4).all()), "hardly anything was cut"
     kept = trace.kept
-    if kept is not None and not (name == "grid_stride"):
+    if kept is not None and name != "grid_stride":
         assert len({tuple(p[v].tolist()) for p, v in zip(kept.position, kept.valid, strict=True)}) > 1
 
 
@@ -124,7 +124,7 @@ def test_a_mixed_batch_is_its_prompts_alone(kind, name):
 def test_a_mixed_batch_is_the_masked_model(kind, name):
     """Several images and prompts without any against the unmodified forward; "none" is the family's own answer."""
     model = family(kind)[0]
-    texts, images, inputs = mixed(kind)
+    _, _, inputs = mixed(kind)
     sequences, logits, trace = pruned(model, name, settings(name, model)[0], inputs)
     full, _ = family_logits(model, inputs, sequences, trace)
     close(logits, full[:, inputs["input_ids"].shape[1] - 1 : -1], 3e-5)
