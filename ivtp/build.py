@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from ivtp.data.batches import CHAT, Collate, QuestionData
 from ivtp.models import EMBEDDED, load_model, shape_of, source_shape
 from ivtp.pruners import PRUNERS, load_pruner
-from ivtp.pruners.budget import solve
+from ivtp.pruners.budget import chosen, fraction, solve
+from ivtp.pruners.planner import Planner
 from ivtp.pruning.conventions import resampler
 from ivtp.pruning.cost import Cost, Shape, cost
 from ivtp.pruning.pruner import Plan
@@ -37,6 +38,17 @@ class Row:
     paper: str | None = None
     stand_in: str | None = None
     seeds_of: str | None = None
+
+    def planner(self, shape: Shape) -> Planner:
+        """The same method for prompts with several images, none, or images of other sizes than the plan is for."""
+        settings = {key: value for key, value in self.pruner.items() if key != "name"} | {
+            "position_ids": self.position_ids
+        }
+        kind, value = chosen(self.budget)
+        ratio = fraction(value) if kind == "ratio" and shape.by_image and "keep" in settings else None
+        if ratio is not None:  # of every image's own tokens
+            del settings["keep"]
+        return Planner(self.pruner["name"], shape, settings, ratio)
 
 
 def quiet_libraries() -> None:

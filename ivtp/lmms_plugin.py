@@ -20,7 +20,7 @@ from ivtp.data.generation import cut, settings, stops
 from ivtp.data.lmms import shown
 from ivtp.evaluation.answer import respond
 from ivtp.models import load_model, shape_of
-from ivtp.pruners import load_pruner
+from ivtp.pruners.planner import Planner
 from ivtp.registry import UserError
 
 
@@ -68,7 +68,8 @@ class Ivtp(lmms):
             revision=revision,
             attn_implementation=attn_implementation,
         )
-        self.plan = load_pruner(pruner, shape_of(self.model), **more)
+        self.pruner = Planner(pruner, shape_of(self.model), more)
+        self.pruner.image(self.pruner.shape)  # refuses now what no image can be pruned by
         self.collate, self.batch_size = Collate(self.processor, prompt), int(batch_size)
         self.is_simple = prompt != CHAT  # which kind of request lmms-eval makes
 
@@ -93,7 +94,7 @@ class Ivtp(lmms):
     def _answer(self, samples: list[dict], generation: dict) -> list[str]:
         batch = self.collate(samples)
         batch = Batch({name: value.to(self.device) for name, value in batch.inputs.items()}, samples)
-        return respond(self.model, self.processor, self.plan, batch, generation)[0]
+        return respond(self.model, self.processor, self.pruner, batch, generation)[0]
 
     def _sample(self, request) -> dict:
         *_, number, task, split = request.args
