@@ -409,3 +409,15 @@ def test_questions_without_an_image_are_asked_as_text(tmp_path, tiny):
         json.loads(x) for x in (tmp_path / "out" / "run" / "outcomes" / f"{key}.jsonl").read_text().splitlines()
     ]
     assert [len(outcome["kept"]) for outcome in outcomes] == [4, 0] * 4
+
+
+def test_lmms_eval_changes_nothing_for_other_data():
+    """It sets for the whole process that half an image is opened without a word."""
+    import subprocess
+
+    code = (
+        "from PIL import ImageFile; from ivtp.data.lmms_tasks import task_index; assert 'pope' in task_index()\n"
+        "import lmms_eval.api.task; assert ImageFile.LOAD_TRUNCATED_IMAGES is False"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
