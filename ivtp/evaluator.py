@@ -16,6 +16,7 @@ from ivtp.evaluation.benchmarks import headline, measured
 from ivtp.evaluation.speed import Stopwatch, count
 from ivtp.evaluation.statistics import passing, summary
 from ivtp.pruning.cost import cost
+from ivtp.report.viewer import drawable
 from ivtp.report.wandb_run import log_row
 
 
@@ -65,7 +66,13 @@ class Evaluator:
             more = {"shared": self.shared, "judge": self.data.judge} | ({"part": watch} if watch else {})
             generation = self.data.generation or {"max_new_tokens": self.config.data.max_new_tokens}
             module = Answer(
-                self.model, self.processor, row.planner, record, watch=self.watch, generation=generation, **more
+                self.model,
+                self.processor,
+                row.planner,
+                record,
+                watch=self.watch,
+                generation=generation,
+                **more,
             )
             hits = self.shared.hits if self.shared else 0
             before = len(outcomes)
@@ -102,6 +109,7 @@ class Evaluator:
                 for site, pruner in (("vision", plan.vision), ("language", plan.language))
             },
             "tflops": row.cost.tflops(),
+            "drawable": drawable(shape_of(self.model)),
             "metrics": metrics,
             "speed": {
                 "questions_per_second": rate,

@@ -68,8 +68,8 @@ class Ivtp(lmms):
             revision=revision,
             attn_implementation=attn_implementation,
         )
-        self.plan = Planner(pruner, shape_of(self.model), more)
-        self.plan.outline  # noqa: B018  what is asked wrongly is said before the first request
+        self.pruner = Planner(pruner, shape_of(self.model), more)
+        _ = self.pruner.outline  # what is asked wrongly is said before the first request
         self.collate, self.batch_size = Collate(self.processor, prompt), int(batch_size)
         self.is_simple = prompt != CHAT  # which kind of request lmms-eval makes
 
@@ -94,7 +94,7 @@ class Ivtp(lmms):
     def _answer(self, samples: list[dict], generation: dict) -> list[str]:
         batch = self.collate(samples)
         batch = Batch({name: value.to(self.device) for name, value in batch.inputs.items()}, samples)
-        return respond(self.model, self.processor, self.plan, batch, generation)[0]
+        return respond(self.model, self.processor, self.pruner, batch, generation)[0]
 
     def _sample(self, request) -> dict:
         *_, number, task, split = request.args

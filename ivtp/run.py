@@ -86,8 +86,7 @@ def run(arguments: Sequence[str]) -> Path:
 
     from ivtp.report import report, viewer
 
-    # Pictures of kept patches need one grid for all images.
-    watch = viewer.save(folder, data.data, processor, 0 if shape.by_image else config.viewer)
+    watch = viewer.save(folder, data.data, processor, config.viewer if viewer.drawable(shape) else 0)
     from ivtp.evaluator import Evaluator
 
     evaluator = Evaluator(model, processor, data, config, folder, console, watch)

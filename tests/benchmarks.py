@@ -36,6 +36,10 @@ def folder(name: str) -> Path:
 def caches():
     """Where `datasets` and lmms-eval put what they prepare: nothing of a test stays in the home folder."""
     import datasets
+
+    from ivtp.data.lmms_tasks import task_index
+
+    task_index()  # it minds what lmms-eval sets for the whole process
     from lmms_eval.api import task
 
     with tempfile.TemporaryDirectory(prefix="ivtp-datasets-") as place:

@@ -59,12 +59,13 @@ def task_index() -> dict[str, dict]:
         import lmms_eval  # noqa: F401
     except ModuleNotFoundError as error:
         raise DataError('data=lmms needs lmms-eval; pip install "ivtp[lmms]"') from error
-    from loguru import logger
-
-    logger.remove()  # it writes to the console from the moment it is imported
     import datasets
-    from lmms_eval.tasks import TaskManager
+    from loguru import logger
+    from PIL import ImageFile
 
+    # What it sets for the whole process when it is imported: it opens half an image, and writes to the console.
+    with patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES):
+        from lmms_eval.tasks import TaskManager
     logger.remove()
     datasets.disable_progress_bars()
     return TaskManager("ERROR").task_index

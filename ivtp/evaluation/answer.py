@@ -14,27 +14,28 @@ from torchmetrics import MeanMetric
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.trace import Trace
 from ivtp.data.answers import exact, normalise
-from ivtp.data.batches import Batch
+from ivtp.data.batches import Batch, pictures
 from ivtp.models import prune
 from ivtp.pruners.planner import Planner
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.traverse import Kept
 
 
-def respond(model: nn.Module, processor, plan: Plan | Planner, batch: Batch, generation: Mapping, **more):
-    """What `model` answers under `plan`, greedily: texts, generated tokens "b t", and the run.
+def respond(model: nn.Module, processor, pruner: Plan | Planner, batch: Batch, generation: Mapping, **more):
+    """What `model` answers under a plan, greedily: texts, generated tokens "b t", and the run.
 
+    pruner      a plan, or what makes one for the images of each prompt
     generation  settings of `generate`; more: of `prune`
     """
     questions = [sample["question"] for sample in batch.samples]
-    with prune(model, plan, instruction=questions, **more) as run:
+    with prune(model, pruner, instruction=questions, **more) as run:
         tokens = model.generate(**batch.inputs, **generation, do_sample=False)
     tokens = tokens[:, batch.inputs["input_ids"].shape[1] :]
     return processor.batch_decode(tokens, skip_special_tokens=True), tokens, run
 
 
 class Answer(L.LightningModule):
-    """Answers every question under `plan` and hands each sample's outcome to `record`, batch by batch.
+    """Answers every question under a plan and hands each sample's outcome to `record`, batch by batch.
 
     An outcome is a dict: id, image, family, question; answer, prediction, correct and what else `judge` says; early (the
     answer read out after part 1), early_correct, kept (patch indices after the last cut), hit (some kept token lies on
@@ -46,7 +47,7 @@ class Answer(L.LightningModule):
         self,
         model: nn.Module,
         processor,
-        plan: Plan | Planner,
+        pruner: Plan | Planner,
         record: Callable[[list[dict]], None],
         max_new_tokens: int = 16,
         watch: Collection[str] = (),
@@ -58,10 +59,10 @@ class Answer(L.LightningModule):
         super().__init__()
         # Not a submodule: Lightning must not move, save or train what it only looks through.
         self._model = [model]
-        self.processor, self.plan, self.record = processor, plan, record
+        self.processor, self.pruner, self.record = processor, pruner, record
+        self.plan = pruner.outline if isinstance(pruner, Planner) else pruner
         self.watch, self.shared, self.part, self.judge = watch, shared, part, judge
-        self.outline = plan if isinstance(plan, Plan) else plan.outline
-        self.by_image = not isinstance(plan, Plan) and plan.shape.by_image
+        self.by_image = isinstance(pruner, Planner) and pruner.shape.by_image
         self.generation = {"max_new_tokens": max_new_tokens, **(generation or {})}
         self.accuracy = MeanMetric()
         self.seconds = 0.0
@@ -79,13 +80,13 @@ class Answer(L.LightningModule):
     def test_step(self, batch: Batch, index: int) -> None:
         start = time.perf_counter()
         more = {"shared": self.shared, "part": self.part, "read_early": True}
-        if self.outline.reads_truth:
+        if self.plan.reads_truth:
             more["truth"] = torch.stack([sample["patches"] for sample in batch.samples])
-        texts, tokens, run = respond(self.model, self.processor, self.plan, batch, self.generation, **more)
+        texts, tokens, run = respond(self.model, self.processor, self.pruner, batch, self.generation, **more)
         self.seconds += time.perf_counter() - start
         first = self.processor.batch_decode(tokens[:, :1], skip_special_tokens=True)
         early = self.processor.batch_decode(run.trace.early.argmax(-1, keepdim=True), skip_special_tokens=True)
-        outcomes = []
+        rated, outcomes = run.trace.words or [None] * len(texts), []
         for i, sample in enumerate(batch.samples):
             judged = self.judge(sample, texts[i])
             outcomes.append(
@@ -98,12 +99,14 @@ class Answer(L.LightningModule):
                     "early": normalise(early[i]),
                     "early_correct": self.early(sample, judged, early[i], first[i]),
                     **(counted(run.trace, i) if self.by_image else seen(run.trace.kept, i, sample["patches"])),
-                    "words": spelled(run.trace.words, i),
+                    "words": rated[i] and [[word, round(score, 4)] for word, score in rated[i]],
                 }
             )
             if sample["id"] in self.watch:
-                cuts = [*run.trace.vision, *run.trace.language]
-                outcomes[-1]["lived"] = lived(cuts, i, len(sample["patches"]))
+                before = sum(
+                    len(pictures(other)) for other in batch.samples[:i]
+                )  # a row for each image, then for each prompt
+                outcomes[-1]["lived"] = lived(run.trace.vision, before, run.trace.language, i, len(sample["patches"]))
             if judged["correct"] is not None:
                 self.accuracy.update(float(judged["correct"]))
         self.record(outcomes)
@@ -119,11 +122,6 @@ class Answer(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         if self.accuracy.update_count:
             self.log("accuracy", self.accuracy)
-
-
-def spelled(words: list | None, sample: int) -> list | None:
-    """The words of one prompt with their relevance; None where nobody asked for it, or there is no image."""
-    return words and words[sample] and [[word, round(score, 4)] for word, score in words[sample]]
 
 
 def counted(trace: Trace, sample: int) -> dict:
@@ -146,11 +144,12 @@ def seen(kept: Kept | None, sample: int, asked: torch.Tensor) -> dict:
     return {"kept": positions.tolist(), "hit": bool(on.any()), "share": float(on.float().mean())}
 
 
-def lived(cuts: Sequence[Kept], sample: int, patches: int) -> str:
-    """How many cuts each patch of one image lived through, a character per patch: "0" none, "1" one, and so on in
-    Unicode's order. A cut never brings a token back, so this says what every cut kept."""
+def lived(vision: Sequence[Kept], image: int, language: Sequence[Kept], prompt: int, patches: int) -> str:
+    """How many cuts each patch of an image, the only one of its prompt, lived through, a character per patch: "0" none,
+    "1" one, and so on in Unicode's order. A cut never brings a token back, so this says what every cut kept."""
     counts = [0] * patches
-    for number, cut in enumerate(cuts, start=1):
-        for patch in cut.position[sample][cut.valid[sample]].tolist():
+    cuts = [*((cut, image) for cut in vision), *((cut, prompt) for cut in language)]
+    for number, (cut, row) in enumerate(cuts, start=1):
+        for patch in cut.position[row][cut.valid[row]].tolist():
             counts[patch] = number
     return "".join(chr(ord("0") + count) for count in counts)

@@ -77,10 +77,10 @@ def overlay(image: np.ndarray, kept: list[int], patches: int, asked: np.ndarray 
 def kept_tokens(rows: list[dict], outcomes: dict, data, path: Path, one_image: bool = False, samples: int = 5) -> bool:
     """One line of pictures per row that cuts tokens: what the last cut left, the asked objects framed in white.
 
-    False where no row kept a record of its tokens, or no sample has one image. Rows that choose at random, and those of
-    later sections, are left out.
+    False where no row kept a record of its tokens on one grid, or no sample has one image. Rows that choose at random,
+    and those of later sections, are left out.
     """
-    drawn = [row for row in rows if outcomes[row["label"]] and outcomes[row["label"]][0]["kept"] is not None]
+    drawn = [row for row in rows if row.get("drawable", True) and any(o["kept"] for o in outcomes[row["label"]])]
     if not drawn:
         return False
     drawn = [row for row in drawn if "random" not in row["label"]] or drawn

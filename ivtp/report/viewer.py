@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -16,6 +17,12 @@ from torch.utils.data import Dataset
 
 from ivtp import records
 from ivtp.data.batches import pictures
+from ivtp.pruning.cost import Shape
+
+
+def drawable(shape: Shape) -> bool:
+    """Whether what is kept can be shown on the image: one square grid of patches, the same for every image."""
+    return shape.crops == 1 and not shape.by_image and math.isqrt(shape.patches) ** 2 == shape.patches
 
 
 def watched(data: Dataset, images: int) -> list[int]:

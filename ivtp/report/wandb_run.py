@@ -108,13 +108,13 @@ def tables(record: dict, outcomes: list[dict], unpruned: list[dict], data, pictu
     columns = ["id", "family", "question", "answer", "prediction", "correct"]
     rows = wandb.Table(columns=[*columns, "unpruned", "flipped", "early", "kept"])
     flips = wandb.Table(columns=[*columns, "unpruned", "unpruned_correct", "flip"])
-    images = []
+    images, grid = [], record.get("drawable", True)
     whole = all(isinstance(o["correct"], bool) for o in [*outcomes, *unpruned])  # a column has one type
     samples = {data.data[i]["id"]: data.data[i] for i in range(min(pictures, len(data.data)))}
     for outcome in outcomes:
         picture = None
         sample = samples.get(outcome["id"])
-        if sample is not None and outcome["kept"] is not None and len(images_of(sample)) == 1:
+        if sample is not None and outcome["kept"] is not None and len(images_of(sample)) == 1 and grid:
             image = as_seen(data.collate.processor.image_processor, *images_of(sample))
             shown = np.asarray(image), outcome["kept"], record["tokens"][0], sample["patches"].numpy()
             picture = wandb.Image(overlay(*shown), caption=f"{outcome['question']} {outcome['prediction']}")

@@ -104,8 +104,7 @@ def test_the_same_answers_get_the_score_that_lmms_eval_gives(name, tmp_path):
 def test_every_config_runs_end_to_end(name, tiny, tmp_path):
     """Documents → prompts → a pruned model → outcomes on disk → the record of the row, with lmms-eval's metrics in it."""
     model, processor = tiny
-    changes = {"limit": 6} if name == "seedbench" else {}
-    config = config_of(name, **changes)
+    config = config_of(name)
     data = build_data(config, processor, shape_of(model), 3)
     row = {"label": "topk", "series": "topk", "section": "", "pruner": {"name": "topk"}, "budget": {"keep": 9},
            "position_ids": "keep"}  # fmt: skip
@@ -113,14 +112,15 @@ def test_every_config_runs_end_to_end(name, tiny, tmp_path):
     evaluator = Evaluator(model, processor, data, config, tmp_path, Console(file=StringIO()))
     record = evaluator.evaluate("key", planned, "title")
     outcomes = evaluator.read("key")
-    assert len(outcomes) == changes.get("limit", ROWS) == len(data.survey.ids)
+    assert len(outcomes) == ROWS == len(data.survey.ids)
     assert record["metrics"]["score"]["n"] == (4 if name == "mme_perception" else len(outcomes))
-    assert all(len(outcome["kept"]) == 9 for outcome in outcomes)
+    images = [len(data.source[place]["images"]) for place in range(ROWS)]
+    assert [len(outcome["kept"]) for outcome in outcomes] == [9 * n for n in images]
+    assert (set(images) == {1, 2}) == (name == "seedbench")
     assert sum(outcome["correct"] is not None for outcome in outcomes) == record["metrics"]["score"]["n"]
     answers = {data.source.places[o["id"]]: o["prediction"] for o in outcomes}
-    if not changes:
-        theirs = replay(definition(name), answers, tmp_path / "theirs")
-        assert names(record["metrics"]) == pytest.approx(theirs) and theirs
+    theirs = replay(definition(name), answers, tmp_path / "theirs")
+    assert names(record["metrics"]) == pytest.approx(theirs) and theirs
 
 
 # The command of lmms-eval ------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_batch_of_requests_is_answered_as_each_alone(prompt, tiny, tmp_path):
     assert len(set(answers[1])) > 2
     batch = Collate(tiny[1], prompt)([task[i] for i in range(ROWS)])
     with torch.inference_mode():
-        ours, *_ = respond(*tiny, lm.plan, batch, task.generation)
+        ours, *_ = respond(*tiny, lm.pruner, batch, task.generation)
     assert ours == answers[1]
 
 
@@ -387,3 +387,37 @@ def test_a_percentage_of_the_baseline_needs_a_dense_run(tmp_path):
     table = (tmp_path / "run" / "table.md").read_text()
     row = next(line for line in table.splitlines() if line.startswith("| only"))
     assert row.count("no dense run") == 2 and "no dense run" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_questions_without_an_image_are_asked_as_text(tmp_path, tiny):
+    """ScienceQA whole: half of it shows nothing; its score is that of all of it."""
+    from benchmark_data import scene, scienceqa
+    from datasets import Dataset, Features, Image
+
+    rows = [scienceqa(i, *scene(i)) | ({"image": None} if i % 2 else {}) for i in range(ROWS)]
+    made = Dataset.from_list(rows)
+    path = tmp_path / "ScienceQA-FULL" / "test-00000-of-00001.parquet"
+    path.parent.mkdir()
+    made.cast(Features({**made.features, "image": Image()})).to_parquet(path)
+    arguments = ["data=lmms", "data.task=scienceqa", f"data.path={tmp_path}", "data.prompt={post_prompt: ''}"]
+    more = ["pruner=topk", "budget.keep=4", "logger=none", "trainer.batch_size=3", f"output={tmp_path / 'out'}"]
+    assert main([*arguments, *more]) == 0
+    results = (tmp_path / "out" / "run" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["metrics"]["scienceqa/exact_match"]["n"] for line in results] == [ROWS, ROWS]
+    key = json.loads(results[1])["key"]
+    outcomes = [
+        json.loads(x) for x in (tmp_path / "out" / "run" / "outcomes" / f"{key}.jsonl").read_text().splitlines()
+    ]
+    assert [len(outcome["kept"]) for outcome in outcomes] == [4, 0] * 4
+
+
+def test_lmms_eval_changes_nothing_for_other_data():
+    """It sets for the whole process that half an image is opened without a word."""
+    import subprocess
+
+    code = (
+        "from PIL import ImageFile; from ivtp.data.lmms_tasks import task_index; assert 'pope' in task_index()\n"
+        "import lmms_eval.api.task; assert ImageFile.LOAD_TRUNCATED_IMAGES is False"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr

@@ -10,6 +10,7 @@ from ivtp import load_model, load_pruner, prune, shape_of
 from ivtp.data.batches import Collate, QuestionData
 from ivtp.data.scenes import Scenes
 from ivtp.evaluation.answer import Answer, normalise, seen
+from ivtp.pruners.planner import Planner
 from ivtp.pruning.traverse import Kept
 
 PROMPT = "<image> {question}"
@@ -98,3 +99,26 @@ def test_coverage_counts_valid_kept_tokens_on_what_was_asked():
     assert seen(kept, 1, asked) == {"kept": [1, 3], "hit": False, "share": 0.0}
     assert seen(kept, 1, torch.zeros(6, dtype=torch.bool)) == {"kept": [1, 3], "hit": None, "share": None}
     assert seen(None, 0, asked) == {"kept": None, "hit": None, "share": None}
+
+
+def test_what_a_picture_lived_through_does_not_depend_on_its_neighbours_images(tiny):
+    """In a batch with questions about two pictures and about none, the page must still show each its own tokens."""
+    model, processor = tiny
+    scenes = Scenes("test", 3)
+    one, two, other = (scenes[i] for i in (0, 5, 10))
+    none = {**other, "id": "none", "images": []}
+    nowhere = torch.zeros_like(two["patches"])
+    both = {**two, "id": "both", "images": [two["image"], other["image"]], "patches": nowhere}
+    collate = Collate(processor, PROMPT)
+    found = {}
+    for samples in ([none, both, one], [one]):
+        module = Answer(
+            model, processor, Planner("ivtp", shape_of(model), {"keep": 16}), found.setdefault(len(samples), []).extend,
+            1, watch={one["id"]},
+        )  # fmt: skip
+        module.test_step(collate(samples), 0)
+    (*_, together), (alone,) = found[3], found[1]
+    assert together == alone
+    assert set(alone["lived"]) == set("012345"), "four cuts in the tower and one in the language model"
+    assert len(alone["kept"]) == 16
+    assert [len(outcome["kept"] or []) for outcome in found[3]] == [0, 32, 16]
