@@ -1,15 +1,18 @@
-"""What others do, on the same model and inputs: scores out of attention maps that an eager model hands out, and rollout
-as a product of whole maps."""
+"""What others do, on the same model and inputs: scores out of attention maps that an eager model hands out, rollout as a
+product of whole maps, and kvpress, which shortens the key-value cache behind the attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-from ivtp.benching.prefill import Case, entered
+from ivtp.benching.models import prompts
+from ivtp.benching.prefill import Case, cache_bytes, entered, held
 from ivtp.benching.timing import Run, interleave, ratio, summary
 from ivtp.evaluation.speed import peak_bytes
 from ivtp.pruning.attention import Attention
@@ -57,11 +60,31 @@ def scores_from_maps(maps: list[Tensor], pruner: Pruner, reference: int) -> list
     return rows
 
 
-def eager_scoring(case: Case, rounds: int) -> dict:
-    """Time and peak memory of the unpruned prefill, with its maps handed out and read, and under IVTP."""
-    runs, plan = case.runs(), case.plans["ivtp"]
-    prefill = runs["unpruned"].call
-    kept: list = []
+def beside(case: Case, rounds: int) -> dict:
+    """Time, peak memory and cache of the prefill: the model's own, with maps handed out and read, with kvpress down to
+    IVTP's cache (where it is installed), and under IVTP."""
+    runs = case.runs()
+    compared = {"sdpa": runs["unpruned"], "eager, scores from maps": maps_read(case), "ivtp": runs["ivtp"]}
+    if find_spec("kvpress"):
+        compared["kvpress SnapKV"] = pressed(case)
+    seconds = interleave(compared, rounds, case.model.device)
+    memory, cache = {}, {}
+    for name, run in compared.items():
+        with entered(run) as call:
+            memory[name] = peak_bytes(call, case.model.device)
+            cache[name] = held(call())
+    return {
+        "seconds": {name: summary(values) for name, values in seconds.items()},
+        "over_sdpa": {name: ratio(values, seconds["sdpa"]) for name, values in seconds.items()},
+        "peak_bytes": memory,
+        "cache_bytes": cache,
+    }
+
+
+def maps_read(case: Case) -> Run:
+    """The unpruned prefill in eager attention, and IVTP's rollouts as products of its maps."""
+    prefill, plan = case.runs()["unpruned"].call, case.plans["ivtp"]
+    kept: list[dict[str, list[Tensor]]] = []
 
     @contextmanager
     def eager():
@@ -73,25 +96,29 @@ def eager_scoring(case: Case, rounds: int) -> dict:
     def scored():
         for found in kept[0].values():
             found.clear()
-        logits = prefill().logits
+        output = prefill()
         scores_from_maps(kept[0]["vision"], plan.vision, 0)
         scores_from_maps(kept[0]["language"], plan.language, -1)
-        return logits
+        return output
 
-    compared = {"sdpa": runs["unpruned"], "eager, scores from maps": Run(scored, eager), "ivtp": runs["ivtp"]}
-    seconds = interleave(compared, rounds, case.model.device)
-    memory = {}
-    for name, run in compared.items():
-        with entered(run) as call:
-            memory[name] = peak_bytes(call, case.model.device)
-    return {
-        "seconds": {name: summary(values) for name, values in seconds.items()},
-        "over_sdpa": {name: ratio(values, seconds["sdpa"]) for name, values in seconds.items()},
-        "peak_bytes": memory,
-    }
+    return Run(scored, eager)
 
 
-def rollout_over_dense(device, dtype, rounds: int, n: int = 577, heads: int = 16, width: int = 64, layers: int = 3) -> dict:
+def pressed(case: Case) -> Run:
+    """SnapKV by kvpress, leaving a cache as large as IVTP's. Its package asks for transformers before 5.3 and runs with
+    later ones (`pip install --no-deps kvpress`) if it is told the positions that those no longer hand on."""
+    inputs, _ = prompts(case.model, case.batch, case.text)
+    left = [cache_bytes(case, name)["closed"] for name in ("ivtp", "none")]
+    press = import_module("kvpress").SnapKVPress(compression_ratio=1 - left[0] / left[1])
+    place = torch.arange(inputs["input_ids"].shape[1], device=case.model.device)
+    return Run(
+        lambda: case.model(**inputs, logits_to_keep=1, use_cache=True, cache_position=place), lambda: press(case.model)
+    )
+
+
+def rollout_over_dense(
+    device, dtype, rounds: int, n: int = 577, heads: int = 16, width: int = 64, layers: int = 3
+) -> dict:
     """A group's rollout row from q and k, against dense maps and their product: how many times faster and smaller."""
     g = torch.Generator().manual_seed(0)
 
@@ -123,5 +150,3 @@ def rollout_over_dense(device, dtype, rounds: int, n: int = 577, heads: int = 16
         "memory": memory["dense"] / memory["ivtp"],
         "difference": float(error),
     }
-
-

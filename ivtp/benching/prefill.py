@@ -156,7 +156,9 @@ def rest(parts: dict[str, dict[str, float]], flops: dict[str, dict[str, int]], w
         part: pruned[part] - none[part] * flops["ivtp"][part] / flops["none"][part]
         for part in ("vision", "projector", "language")
     }
-    lost |= {part: pruned[part] for part in ("text_encoder", "score", "pruner")} | {"rest": pruned["rest"] - none["rest"]}
+    lost |= {part: pruned[part] for part in ("text_encoder", "score", "pruner")} | {
+        "rest": pruned["rest"] - none["rest"]
+    }
     return {part: seconds / whole for part, seconds in lost.items()}
 
 
@@ -174,12 +176,17 @@ def _peak(run: Run, device) -> int:
 def cache_bytes(case: Case, name: str) -> dict[str, int]:
     """Keys and values that a prefill leaves behind, as found and in closed form."""
     with entered(case.runs()[name]) as call:
-        layers = call().past_key_values.layers
+        found = held(call())
     shape, plan = shape_of(case.model), case.plans[name]
     size, stack = case.model.dtype.itemsize, shape.language
     tokens = stack.depth * (cost(shape, plan, case.text).average_tokens + case.text + shape.separators)
     closed = case.batch * 2 * tokens * stack.kv_heads * stack.head_width * size
-    return {"found": sum(layer.keys.nbytes + layer.values.nbytes for layer in layers), "closed": round(closed)}
+    return {"found": found, "closed": round(closed)}
+
+
+def held(output) -> int:
+    """Bytes of the keys and values that a model's output brings along."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
 
 
 def decoding(case: Case, rounds: int, steps: int) -> dict:

@@ -5,7 +5,12 @@ from __future__ import annotations
 Table = tuple[str, list[str], list[list[str]]]
 
 ASKED = (
-    ("scoring_overhead", "scoring, selecting, reducing: IVTP over chance on its schedule", "≤ {}", {"cpu": 1.05, "gpu": 1.03}),
+    (
+        "scoring_overhead",
+        "scoring, selecting, reducing: IVTP over chance on its schedule",
+        "≤ {}",
+        {"cpu": 1.05, "gpu": 1.03},
+    ),
     ("speedup_over_promise", "speed-up of the prefill over what FLOPs promise", "≥ {}", {"cpu": 0.9, "gpu": 0.9}),
     ("rollout_over_dense.time", "a group's rollout: times faster than dense maps", "≥ {}", {"cpu": 5, "gpu": 5}),
     ("rollout_over_dense.memory", "a group's rollout: times less memory", "≥ {}", {"cpu": 10, "gpu": 10}),
@@ -91,8 +96,15 @@ def _decoding(record: dict) -> Table:
 
 def _peers(record: dict) -> Table:
     rows = [
-        [found["model"], name, _interval(value, 1e3), _interval(found["over_sdpa"][name]), f"{found['peak_bytes'][name] / 1e6:.0f}"]
-        for found in record["eager_scoring"]
+        [
+            found["model"],
+            name,
+            _interval(value, 1e3),
+            _interval(found["over_sdpa"][name]),
+            f"{found['peak_bytes'][name] / 1e6:.0f}",
+            f"{found['cache_bytes'][name] / 1e6:.1f}",
+        ]
+        for found in record["peers"]
         for name, value in found["seconds"].items()
     ]
-    return "Prefill as others do it", ["", "", "ms", "over SDPA", "peak MB"], rows
+    return "Prefill as others do it", ["", "", "ms", "over SDPA", "peak MB", "KV cache MB"], rows

@@ -14,7 +14,7 @@ import torch
 
 from ivtp.benching import models
 from ivtp.benching.models import Size, build
-from ivtp.benching.peers import eager_scoring, rollout_over_dense
+from ivtp.benching.peers import beside, rollout_over_dense
 from ivtp.benching.prefill import Case, decoding, measure
 from ivtp.benching.timing import Run, interleave, limits, machine, ratio, summary
 from ivtp.registry import UserError
@@ -86,8 +86,8 @@ def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambd
         for case in (Case(model, batch, text, group.keep) for text in group.texts for batch in group.batches):
             say(f"{group.size.name}: prefill, batch {case.batch}, {case.text} text tokens")
             cases.append({"model": group.size.name} | measure(case, rounds, best))
-        say(f"{group.size.name}: maps of an eager model")
-        peers.append({"model": group.size.name} | eager_scoring(first, max(2, rounds // 2)))
+        say(f"{group.size.name}: what others do")
+        peers.append({"model": group.size.name} | beside(first, max(2, rounds // 2)))
         say(f"{group.size.name}: {suite.steps} generated tokens")
         decoded.append({"model": group.size.name} | decoding(first, max(2, rounds // 2), suite.steps))
         del model, first
@@ -106,7 +106,7 @@ def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambd
         "limits": best,
         "cases": cases,
         "decoding": decoded,
-        "eager_scoring": peers,
+        "peers": peers,
         "rollout": rollout,
         "imports": imports,
     }
