@@ -11,7 +11,7 @@ import pytest
 from running import ROOT, lines, run
 
 import ivtp
-from ivtp import cost
+from ivtp import bench, cost
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -28,7 +28,7 @@ SNIPPETS = [text for language, text in FENCES if language == "python"]
 def test_there_is_something_to_try():
     assert len(COMMANDS) >= 8
     assert len(SNIPPETS) >= 2
-    assert len(README.splitlines()) < 175
+    assert len(README.splitlines()) < 185
 
 
 def a_folder_of_questions(tmp_path: Path) -> Path:
@@ -70,6 +70,11 @@ def test_every_command_runs(command, one_folder, tmp_path, monkeypatch, capsys):
         arguments += ["model.text_encoder=null"]
     if module == "ivtp.cost":
         assert cost.main(arguments) == 0
+        assert capsys.readouterr().out.strip()
+        return
+    if module == "ivtp.bench":
+        arguments = [a for a in arguments if not a.startswith("suite=")]
+        assert bench.main([*arguments, "suite=tiny", "rounds=1"]) == 0
         assert capsys.readouterr().out.strip()
         return
     if module == "ivtp.report":

@@ -20,7 +20,7 @@ NAME = "ivtp_recording"
 _asked: ContextVar[tuple[str, Callable, Iterator[Tensor] | None]] = ContextVar("ivtp_asked")
 
 
-def _recording(module, query, key, value, attention_mask, **kwargs):
+def _recording(module, query, key, value, attention_mask, *more, **kwargs):
     name, record, masks = _asked.get()
     record(query, key, value)
     if masks is not None:
@@ -28,7 +28,7 @@ def _recording(module, query, key, value, attention_mask, **kwargs):
     # Every modelling file of transformers has its eager attention as a function of this name.
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    return kernel(module, query, key, value, attention_mask, **kwargs)
+    return kernel(module, query, key, value, attention_mask, *more, **kwargs)
 
 
 AttentionInterface.register(NAME, _recording)

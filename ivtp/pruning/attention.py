@@ -10,8 +10,8 @@ from torch import Tensor
 
 ROWS = 128
 """Query rows formed at a time, on a CPU and wherever no fused kernel hands out its log-sum-exp."""
-BLOCK = 1 << 20
-"""Entries of the map formed at a time, over heads: what a core's cache holds (4 MiB), whatever n is."""
+BLOCK = 1 << 19
+"""Entries of the map formed at a time, over heads: what a core's cache holds (2 MiB), whatever n is."""
 
 
 @dataclass(frozen=True)

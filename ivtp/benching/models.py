@@ -1,0 +1,149 @@
+"""Models of real sizes with random weights, and prompts for them: enough for time, nothing to download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+BOS, EOS, PAD, UNK, IMAGE = range(5)
+QUESTION = 20
+"""Words of every prompt that guidance reads."""
+
+VIT_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+CLIP_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+}
+VICUNA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A vision-language model by its sizes; `crops`: LLaVA-NeXT, whose image of 672 × 672 is the whole and four crops."""
+
+    name: str
+    vision: dict = field(hash=False)
+    text: dict = field(hash=False)
+    clip: dict = field(hash=False, default_factory=lambda: CLIP_TEXT)
+    crops: bool = False
+
+    def config(self):
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
+
+        kind, more = LlavaConfig, {"image_seq_length": (self.vision["image_size"] // self.vision["patch_size"]) ** 2}
+        if self.crops:
+            side = self.vision["image_size"]
+            grids = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+            kind, more = LlavaNextConfig, {"image_grid_pinpoints": grids}
+        marks = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+        return kind(
+            vision_config=CLIPVisionConfig(**self.vision),
+            text_config=LlamaConfig(**self.text, **marks),
+            image_token_index=IMAGE,
+            vision_feature_layer=-2,
+            **more,
+        )
+
+
+SMALL = Size(
+    "tiny",
+    {**VIT_L, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 4, "num_attention_heads": 3}
+    | {"image_size": 35, "patch_size": 7, "projection_dim": 13},
+    {**LLAMA_1B, "hidden_size": 42, "intermediate_size": 53, "num_hidden_layers": 8, "num_attention_heads": 6}
+    | {"num_key_value_heads": 2, "head_dim": 10, "vocab_size": 101},
+    {**CLIP_TEXT, "hidden_size": 20, "intermediate_size": 31, "num_hidden_layers": 2, "num_attention_heads": 5}
+    | {"projection_dim": 13},
+)
+SMALL_CROPS = Size("tiny, crops", SMALL.vision, SMALL.text, SMALL.clip, crops=True)
+CPU = Size("ViT-L/14-336 + 1B decoder", VIT_L, LLAMA_1B)
+LLAVA_7B = Size("LLaVA-1.5-7B", VIT_L, VICUNA_7B)
+LLAVA_NEXT_7B = Size("LLaVA-NeXT-7B", VIT_L, VICUNA_7B, crops=True)
+
+
+@dataclass(frozen=True)
+class Processor:
+    tokenizer: object
+
+
+def build(size: Size, device: torch.device | str, dtype: torch.dtype, kernel: str = "sdpa") -> nn.Module:
+    """The model with random weights and, as its companions, a tokenizer of whole words and a CLIP text encoder."""
+    from transformers import AutoModelForImageTextToText, CLIPTextConfig, CLIPTextModelWithProjection
+
+    from ivtp.backbones.guidance import TransformersText
+    from ivtp.models import load_model
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(size.config(), dtype=dtype, attn_implementation=kernel)
+        clip = CLIPTextConfig(vocab_size=size.text["vocab_size"], bos_token_id=BOS, eos_token_id=EOS, **size.clip)
+        text = CLIPTextModelWithProjection._from_config(clip, dtype=dtype).eval()
+        projection = torch.randn(clip.projection_dim, size.vision["hidden_size"], dtype=dtype)
+    model.generation_config.eos_token_id = None  # nothing ends early
+    model.generation_config.pad_token_id = PAD
+    words = tokenizer(size.text["vocab_size"])
+    return load_model(model, Processor(words), TransformersText(text, words, projection), device=str(device))[0]
+
+
+def tokenizer(vocabulary: int):
+    """One token per word; a word is its number."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<pad>", "<unk>", "<image>"]
+    known = {word: i for i, word in enumerate([*special, *map(str, range(len(special), vocabulary))])}
+    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, **dict(zip(names, special, strict=False)), additional_special_tokens=special[4:]
+    )
+
+
+def prompts(model: nn.Module, batch: int, text: int, seed: int = 0) -> tuple[dict[str, Tensor], list[str]]:
+    """Different images, each with `text` words around it, nothing padded; and the question that each prompt ends with."""
+    from ivtp.models import shape_of
+
+    g = torch.Generator().manual_seed(seed)
+    shape, config = shape_of(model), model.config
+    side = config.vision_config.image_size
+    words = torch.randint(IMAGE + 1, config.text_config.vocab_size, (batch, text), generator=g)
+    words[:, 0] = BOS
+    image = torch.full((batch, shape.tokens + shape.separators), IMAGE)
+    size = (batch, shape.crops, 3, side, side) if shape.crops > 1 else (batch, 3, side, side)
+    inputs = {
+        "input_ids": torch.cat([words[:, :1], image, words[:, 1:]], 1),
+        "pixel_values": torch.randn(size, generator=g).to(model.dtype),
+    }
+    if shape.crops > 1:
+        inputs["image_sizes"] = torch.tensor([[2 * side, 2 * side]] * batch)
+    asked = [" ".join(map(str, row[-min(QUESTION, text - 1) :].tolist())) for row in words]
+    return {name: value.to(model.device) for name, value in inputs.items()}, asked

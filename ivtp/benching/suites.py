@@ -1,0 +1,137 @@
+"""What a suite runs, and the figures that it is asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ivtp.benching import models
+from ivtp.benching.models import Size, build
+from ivtp.benching.peers import beside, rollout_over_dense
+from ivtp.benching.prefill import Case, decoding, measure
+from ivtp.benching.timing import Run, interleave, limits, machine, ratio, summary
+from ivtp.registry import UserError
+
+IMPORT = "import ivtp\nfor name in ivtp.__all__: getattr(ivtp, name)"
+MAIN_JOB = ("experiment=ablation_groupsize", "logger=none")
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Prompts of `texts` words in batches of `batches`, on a model of this size, pruned to `keep` visual tokens."""
+
+    size: Size
+    keep: int
+    texts: tuple[int, ...] = (64,)
+    batches: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The last of all cases is the one whose ratios are the suite's.
+
+    steps     generated tokens, measured on the first case of every model
+    main_job  also time the embedded main job
+    """
+
+    cases: tuple[Cases, ...]
+    rounds: int
+    steps: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    main_job: bool = False
+
+
+SUITES = {
+    "cpu": Suite((Cases(models.CPU, 64),), rounds=5, steps=16, main_job=True),
+    "gpu": Suite(
+        (
+            Cases(models.LLAVA_7B, 64, texts=(64, 512), batches=(1, 8)),
+            Cases(models.LLAVA_NEXT_7B, 320, texts=(64,), batches=(1, 8)),
+        ),
+        rounds=11,
+        steps=64,
+        device="cuda",
+        dtype=torch.bfloat16,
+    ),
+    "tiny": Suite(
+        (Cases(models.SMALL, 9, texts=(11,)), Cases(models.SMALL_CROPS, 45, texts=(11, 31), batches=(2,))),
+        rounds=3,
+        steps=3,
+    ),
+}
+
+
+def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambda line: None) -> dict:
+    """The suite's record; `say` hears what is being measured."""
+    suite = SUITES[name]
+    if suite.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"suite={name} needs a CUDA device, and torch {torch.__version__} finds none; use suite=cpu")
+    rounds = rounds or suite.rounds
+    about = machine(suite.device) | {"dtype": str(suite.dtype).removeprefix("torch."), "kernel": "sdpa"}
+    say("what the machine can do")
+    best = limits(suite.device, suite.dtype)
+    cases, decoded, peers = [], [], []
+    for group in suite.cases:
+        say(f"{group.size.name}: random weights")
+        model = build(group.size, suite.device, suite.dtype)
+        first = Case(model, group.batches[0], group.texts[0], group.keep)
+        for case in (Case(model, batch, text, group.keep) for text in group.texts for batch in group.batches):
+            say(f"{group.size.name}: prefill, batch {case.batch}, {case.text} text tokens")
+            cases.append({"model": group.size.name} | measure(case, rounds, best))
+        say(f"{group.size.name}: what others do")
+        peers.append({"model": group.size.name} | beside(first, max(2, rounds // 2)))
+        say(f"{group.size.name}: {suite.steps} generated tokens")
+        decoded.append({"model": group.size.name} | decoding(first, max(2, rounds // 2), suite.steps))
+        del model, first
+    say("a group's rollout")
+    rollout = rollout_over_dense(suite.device, suite.dtype, rounds)
+    say("imports")
+    imports = import_times(rounds)
+    record = {
+        "suite": name,
+        "scoring_overhead": cases[-1]["scoring_overhead"]["median"],
+        "speedup_over_promise": cases[-1]["speedup_over_promise"],
+        "rollout_over_dense": {"time": rollout["time"]["median"], "memory": rollout["memory"]},
+        "loop_overhead": cases[-1]["loop_overhead"]["median"],
+        "import_seconds": imports["ivtp"]["median"],
+        "machine": about,
+        "limits": best,
+        "cases": cases,
+        "decoding": decoded,
+        "peers": peers,
+        "rollout": rollout,
+        "imports": imports,
+    }
+    if suite.main_job:
+        say(f"ivtp.run {' '.join(MAIN_JOB)}")
+        record["main_job_seconds"] = main_job()
+    return record
+
+
+def import_times(rounds: int) -> dict:
+    """Seconds to import torch in a fresh process, and how much longer torch and all public names of ivtp take."""
+
+    def python(code: str) -> Run:
+        return Run(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+
+    runs = {"torch": python("import torch"), "both": python(f"import torch\n{IMPORT}")}
+    seconds = interleave(runs, rounds)
+    more = [both - torch for both, torch in zip(seconds["both"], seconds["torch"], strict=True)]
+    return {"torch": summary(seconds["torch"]), "ivtp": summary(more), "over": ratio(seconds["both"], seconds["torch"])}
+
+
+def main_job() -> float:
+    """Seconds of the main job, start to end, in a process of its own and an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "ivtp.run", *MAIN_JOB, f"output={folder}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"WANDB_MODE": "offline"})
+        return time.perf_counter() - start

@@ -1,0 +1,97 @@
+"""Timing as an experiment: warmed up, in alternating order, with medians and their intervals."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is timed, and the context that it needs, which is entered before the clock starts."""
+
+    call: Callable[[], object]
+    inside: Callable[[], AbstractContextManager] = nullcontext
+
+
+@torch.inference_mode()
+def interleave(
+    runs: dict[str, Run], rounds: int, device: torch.device | str = "cpu", warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every run in every round: A B C, C B A, A B C, …, so that a machine that warms up or is called away
+    does so for all. What is queued on a GPU is waited for before and after."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(-warmup, rounds):
+        for name in list(runs) if number % 2 == 0 else reversed(runs):
+            with runs[name].inside():
+                wait()
+                start = time.perf_counter()
+                runs[name].call()
+                wait()
+                if number >= 0:
+                    seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(values: list[float]) -> dict[str, float | list[float]]:
+    """Median and its 95 % interval by order statistics; of fewer than six values that is their range."""
+    ordered, n = sorted(values), len(values)
+    below = 0  # values that may lie beyond each end: the binomial tail stays below 2.5 %
+    while below < (n - 1) // 2 and sum(math.comb(n, k) for k in range(below + 2)) / 2**n < 0.025:
+        below += 1
+    return {"median": median(ordered), "interval": [ordered[below], ordered[n - 1 - below]], "rounds": n}
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float | list[float]]:
+    """Of two runs that alternated: the median of the rounds' ratios, and its interval."""
+    return summary([a / b for a, b in zip(above, below, strict=True)])
+
+
+def machine(device: torch.device | str) -> dict:
+    """What the figures belong to."""
+    import os
+    import platform
+
+    import transformers
+
+    from ivtp import __version__
+
+    device = torch.device(device)
+    about = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ivtp": __version__,
+    }
+    return about | ({"cuda": torch.version.cuda} if device.type == "cuda" else {})
+
+
+def _cpu() -> str:
+    import platform
+    from pathlib import Path
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def limits(device: torch.device | str, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine can do at best, as found by a large product and a large copy: FLOPs and bytes per second."""
+    n, words = (8192, 1 << 28) if torch.device(device).type == "cuda" else (2048, 1 << 26)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x, y = (torch.zeros(words, device=device) for _ in range(2))
+    seconds = interleave({"product": Run(lambda: a @ b), "copy": Run(lambda: y.copy_(x))}, 5, device)
+    return {"flops": 2 * n**3 / min(seconds["product"]), "bytes": 2 * 4 * words / min(seconds["copy"])}

@@ -1,0 +1,210 @@
+"""`python -m ivtp.bench`: that it measures what it says, on models of a few numbers; how long things take is not tested."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import close
+
+import ivtp
+from ivtp.bench import main
+from ivtp.benching.models import BOS, IMAGE, SMALL, SMALL_CROPS, build, prompts
+from ivtp.benching.peers import eager_maps, rollout_over_dense, scores_from_maps
+from ivtp.benching.prefill import Case, cache_bytes, entered, executed, measure, rest
+from ivtp.benching.report import ASKED
+from ivtp.benching.timing import Run, interleave, ratio, summary
+from ivtp.evaluation.speed import flop_counter, peak_bytes
+from ivtp.pruning.cost import cost
+
+
+@pytest.fixture(scope="module", params=[SMALL, SMALL_CROPS], ids=lambda size: size.name)
+def case(request):
+    """Two prompts, pruned to 9 of 25 tokens, or to 45 of five crops' 125."""
+    model = build(request.param, "cpu", torch.float32)
+    return Case(model, 2, 13, 45 if request.param.crops else 9)
+
+
+def test_the_bench_prints_one_object_with_the_ratios_it_is_asked_for(capfd):
+    """Scripts read the last line of this command; a key that is gone, or text beside it, breaks them."""
+    assert main(["suite=tiny", "rounds=1", "json=true"]) == 0
+    out = capfd.readouterr().out
+    assert len(out.strip().splitlines()) == 1
+    record = json.loads(out)
+    for key in ("scoring_overhead", "speedup_over_promise", "loop_overhead", "import_seconds"):
+        assert math.isfinite(record[key]), key
+    assert set(record["rollout_over_dense"]) == {"time", "memory"}
+    assert record["rollout"]["difference"] < 1e-5
+    assert {"device", "cores", "torch", "transformers", "dtype", "kernel"} <= set(record["machine"])
+    assert [(c["model"], c["text"]) for c in record["cases"]] == [
+        ("tiny", 11),
+        ("tiny, crops", 11),
+        ("tiny, crops", 31),
+    ]
+    for found in record["cases"]:
+        assert set(found["seconds"]) == {"unpruned", "none", "ivtp", "random"}
+        assert found["speedup_promised"] > 1
+        for bytes_ in found["cache_bytes"].values():
+            assert bytes_["found"] == bytes_["closed"]
+    # The ratios of the suite are those of its last case.
+    assert record["scoring_overhead"] == record["cases"][-1]["scoring_overhead"]["median"]
+    known = set(record) | {f"rollout_over_dense.{name}" for name in record["rollout_over_dense"]} | {"main_job_seconds"}
+    assert {key for key, *_ in ASKED} <= known
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("suite=cpp", "Did you mean 'cpu'?"),
+        ("suit=cpu", "Did you mean 'suite'?"),
+        ("json=yes", "json=yes must be true or false"),
+        ("rounds=0", "rounds=0 must be a whole number of at least 1"),
+        ("cpu", "'cpu' is not of the form key=value"),
+    ],
+)
+def test_what_cannot_be_benched_is_said_in_one_line(capsys, argument, said):
+    assert main([argument]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and said in shown.err
+    assert len(shown.err.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, on which the suite would run")
+def test_without_a_gpu_its_suite_says_so(capsys):
+    assert main(["suite=gpu"]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_runs_alternate_and_contexts_are_not_timed():
+    """A B B A: a machine that slows down must not make B look worse than A."""
+    order: list[str] = []
+
+    @contextmanager
+    def inside():
+        order.append("(")
+        yield
+        order.append(")")
+
+    runs = {"a": Run(lambda: order.append("a"), inside), "b": Run(lambda: order.append("b"))}
+    seconds = interleave(runs, 3, warmup=1)
+    assert "".join(order) == "b(a)" + "(a)b" + "b(a)" + "(a)b"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_intervals_are_those_of_the_median():
+    """Order statistics: beyond each end lies the true median in less than 2.5 % of all samples."""
+    for n in (1, 2, 5, 6, 9, 25):
+        values = [float((7 * i) % n) for i in range(n)]
+        found = summary(values)
+        low = found["interval"][0]
+        outside = sum(math.comb(n, k) for k in range(int(low) + 1)) / 2**n
+        assert outside < 0.025 or low == 0
+        assert found["interval"] == [low, n - 1 - low]
+    assert summary([float(i) for i in range(25)])["interval"] == [7.0, 17.0]
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])["median"] == 2.0
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def two_then_one():
+        a = torch.empty(1000, 250)
+        b = torch.empty(1000, 250)
+        del a, b
+        return torch.empty(1000, 250)
+
+    assert peak_bytes(two_then_one) == 2_000_000
+
+
+def test_prompts_are_whole_and_nothing_is_padded(case):
+    inputs, asked = prompts(case.model, 3, 29)
+    shape = ivtp.shape_of(case.model)
+    assert inputs["input_ids"].shape == (3, 29 + shape.tokens + shape.separators)
+    assert (inputs["input_ids"][:, 0] == BOS).all()
+    assert ((inputs["input_ids"] == IMAGE).sum(1) == shape.tokens + shape.separators).all()
+    assert len(set(asked)) == 3
+
+
+def test_what_is_timed_is_the_same_computation(case):
+    """A loop that is fast because it computes something else would win every comparison."""
+    runs = case.runs()
+    with entered(runs["unpruned"]) as call:
+        expected = call().logits
+    assert expected.shape[1] == 1
+    with entered(runs["none"]) as call:
+        assert torch.equal(call().logits, expected)
+    for name in ("ivtp", "random"):
+        with entered(runs[name]) as call:
+            assert not torch.equal(call().logits, expected)
+
+
+def test_eager_maps_give_the_scores_that_ivtp_reads_and_leave_no_trace(case):
+    """The adapter of what others do must do the same: the first cut of each site keeps the same tokens."""
+    model, plan = case.model, case.plans["ivtp"]
+    inputs, _ = prompts(model, case.batch, case.text)
+    with torch.inference_mode(), eager_maps(model) as maps:
+        eager = model(**inputs).logits
+        rows = scores_from_maps(maps["vision"], plan.vision, 0)[0][:, 1:]
+    with torch.inference_mode():
+        close(eager, model(**inputs).logits)
+        with ivtp.prune(model, ivtp.Plan(vision=ivtp.Pruner(plan.vision.schedule[:1], PlainRollout()))) as run:
+            model(**inputs)
+    keep = plan.vision.schedule[0].keep
+    chosen = rows.topk(keep, dim=1).indices.sort(dim=1).values
+    assert torch.equal(chosen, run.trace.vision[0].position.sort(dim=1).values)
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(RuntimeError, match="on purpose"), eager_maps(model):
+        raise RuntimeError("on purpose")
+    assert model.config._attn_implementation == "sdpa"
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+class PlainRollout(ivtp.pruning.scores.Rollout):
+    """Eq. 3 without Eq. 4, as the adapter multiplies maps."""
+
+    def __init__(self) -> None:
+        super().__init__(value_norm=False)
+
+
+def test_promised_flops_are_those_of_the_run(case):
+    """The head on the last position only, every sample counted; the scores are not part of the promise."""
+    shape, plan = ivtp.shape_of(case.model), case.plans["ivtp"]
+    promised = executed(shape, plan, case)
+    with entered(case.runs()["ivtp"]) as call, flop_counter() as counter:
+        call()
+    read = len(prompts(case.model, 1, case.text)[1][0].split()) + 2
+    scores = case.batch * cost(shape, plan, case.text, read, streamed=True).pruner
+    assert counter.get_total_flops() == sum(promised.values()) + scores
+
+
+def test_the_cache_is_counted(case):
+    for name in ("none", "ivtp"):
+        found = cache_bytes(case, name)
+        assert found["found"] == found["closed"] > 0
+    assert cache_bytes(case, "ivtp")["found"] < cache_bytes(case, "none")["found"]
+
+
+def test_the_rest_is_what_flops_do_not_explain():
+    """Half the FLOPs in three quarters of the time: a quarter is unexplained; what only pruning does is so entirely."""
+    flops = {"none": dict.fromkeys(("vision", "projector", "language"), 4)}
+    flops["ivtp"] = dict.fromkeys(flops["none"], 2)
+    every = ("vision", "projector", "language", "text_encoder", "score", "pruner", "rest")
+    none = dict.fromkeys(every, 0.0) | {"vision": 4.0, "language": 4.0}
+    pruned = none | {"vision": 3.0, "language": 2.0, "score": 1.0}
+    found = rest({"none": none, "ivtp": pruned}, flops, 10.0)
+    assert found == dict.fromkeys(every, 0.0) | {"vision": 0.1, "score": 0.1}
+
+
+def test_a_record_of_a_case_names_all_parts(case):
+    record = measure(case, 1, {"flops": 1e9, "bytes": 1e9})
+    assert set(record["parts"]["ivtp"]) == set(record["rest"])
+    assert record["parts"]["ivtp"]["score"] > 0 == record["parts"]["none"]["score"]
+    # Nothing is twice as fast as a machine without losses on the FLOPs alone says, where all parts are bound by them.
+    assert record["speedup_of_roofline"] > 1
+
+
+def test_rollout_from_dense_maps_is_the_same():
+    found = rollout_over_dense("cpu", torch.float32, 1, n=67, heads=3, width=8, layers=4)
+    assert found["difference"] < 1e-6
+    assert found["memory"] > 1
