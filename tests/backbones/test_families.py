@@ -119,6 +119,20 @@ def test_a_mixed_batch_is_its_prompts_alone(kind, name):
         assert images[i] or not own.language
 
 
+@pytest.mark.parametrize("words", ["all", "rt"])
+@pytest.mark.parametrize("kind", ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_a_pseudo_cls_without_clip(kind, words):
+    """Towers that no text encoder is paired with: IVTP's second stage from the language model's own embeddings."""
+    model, inputs = family(kind)[0], batch(kind)
+    asked = {"keep": KEEP[kind], "words": words, "tau": -1.0}
+    sequences, logits, trace = pruned(model, "ivtp", asked, inputs)
+    assert all(any(fit is not None for _, fit in spoken) for spoken in trace.words)
+    full, _ = family_logits(model, inputs, sequences, trace)
+    close(logits, full[:, inputs["input_ids"].shape[1] - 1 : -1], 3e-5)
+    last = pruned(model, "ivtp", {"keep": KEEP[kind], "reference": "last"}, inputs)[2]
+    assert last.kept.position.tolist() != trace.kept.position.tolist()
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", ["none", "rollout", "fastv", "ivtp"])
 def test_a_mixed_batch_is_the_masked_model(kind, name):
