@@ -447,7 +447,7 @@ def test_every_family_answers_in_its_own_chat_template(kind, tmp_path):
             record = evaluator.evaluate("key", planned, "title")
             found[size] = evaluator.read("key")
     assert record["metrics"]["seedbench/seed_all"]["n"] == ROWS
-    assert [(o["prediction"], o["kept"]) for o in found[3]] == [(o["prediction"], o["kept"]) for o in found[1]]
-    one, two = (len(found[1][place]["kept"]) for place in (0, 7))
+    assert [(o["prediction"], o["left"]) for o in found[3]] == [(o["prediction"], o["left"]) for o in found[1]]
+    one, two = (len(found[1][place]["left"]) for place in (0, 7))
     # LLaVA-OneVision shows an image among several whole, without crops: 25 tokens each.
     assert two == (20 if kind == "llava_onevision" else 2 * one) and one
