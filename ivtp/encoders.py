@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ivtp.models import EMBEDDED, shape_of
 from ivtp.pruning.cost import Shape
 from ivtp.registry import unknown
 
+EMBEDDED_ENCODERS = {"tiny_clip": EMBEDDED["tiny"]}
 TEMPLATES = ("a photo of a {}.",)
 TEMPERATURE = 0.07
 """Of the votes of nearest neighbours (arXiv 2104.14294)."""
@@ -121,6 +124,8 @@ def load_encoder(
     encoder = LIBRARIES[library](source, pretrained, revision, attn_implementation)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     encoder.model.eval().requires_grad_(False).to(device=device, dtype=wanted)
+    if not hasattr(encoder.model, "config"):  # where transformers has it, so that a record can say it
+        encoder.model._commit_hash = encoder.commit
     return encoder
 
 
@@ -154,6 +159,7 @@ def _timm(source: str, pretrained: bool, revision: str | None, _) -> Encoder:
 
 def _open_clip(source: str, pretrained: bool, revision: str | None, _) -> Encoder:
     import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
 
     where, commit = source, None
     if pretrained or Path(source).is_dir():
@@ -161,12 +167,14 @@ def _open_clip(source: str, pretrained: bool, revision: str | None, _) -> Encode
         patterns = ["open_clip_config.json", "open_clip*.safetensors", "*token*", "vocab*", "merges.txt", "*.model"]
         folder, commit = _fetched(source, revision, patterns)
         where = f"local-dir:{folder}"
-    with one_line(source):
-        model, transform = open_clip.create_model_from_pretrained(
-            where, load_weights=pretrained, require_pretrained=pretrained, weights_only=True
+    device = torch.get_default_device()  # "meta" for the sizes alone
+    with one_line(source), hushed():
+        model = open_clip.create_model(
+            where, device=device, load_weights=pretrained, require_pretrained=pretrained, pretrained_text=False
         )
         tokenizer = open_clip.get_tokenizer(where)
     settings = model.visual.preprocess_cfg
+    transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     transform = Transform(transform, settings["mean"], settings["std"])
 
     def read(texts: list[str]) -> Tensor:
@@ -178,10 +186,12 @@ def _open_clip(source: str, pretrained: bool, revision: str | None, _) -> Encode
 def _transformers(source: str, pretrained: bool, revision: str | None, attn_implementation: str | None) -> Encoder:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    if source == "tiny_clip":
-        return _embedded()
+    if source in EMBEDDED_ENCODERS:
+        return _embedded(EMBEDDED_ENCODERS[source])
     if not pretrained:
-        raise ModelError("pretrained=false: transformers' encoders are loaded with their weights; give a folder of them")
+        raise ModelError(
+            "pretrained=false: transformers' encoders are loaded with their weights; give a folder of them"
+        )
     _clip_config(source, revision)
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with one_line(source):
@@ -194,10 +204,13 @@ def _transformers(source: str, pretrained: bool, revision: str | None, attn_impl
 def _clip_config(source: str, revision: str | None):
     from transformers import AutoConfig
 
+    where = EMBEDDED_ENCODERS[source] / "clip" if source in EMBEDDED_ENCODERS else source
     with one_line(source):
-        config = AutoConfig.from_pretrained(EMBEDDED["tiny"] / "clip" if source == "tiny_clip" else source, revision=revision)
+        config = AutoConfig.from_pretrained(where, revision=revision)
     if config.model_type not in ("clip", "siglip"):
-        raise ModelError(f"{source} is a {config.model_type!r} model; encoders of transformers that read names: clip, siglip")
+        raise ModelError(
+            f"{source} is a {config.model_type!r} model; encoders of transformers that read names: clip, siglip"
+        )
     return config
 
 
@@ -213,7 +226,9 @@ def _dual(model: nn.Module, image_processor, tokenizer, commit: str | None) -> E
         return model.get_text_features(**given).pooler_output
 
     sides = getattr(image_processor, "size", None) or {}, getattr(image_processor, "crop_size", None) or {}
-    whole = not getattr(image_processor, "do_center_crop", False) or sides[0].get("shortest_edge") == sides[1].get("height")
+    whole = not getattr(image_processor, "do_center_crop", False) or sides[0].get("shortest_edge") == sides[1].get(
+        "height"
+    )
 
     def see(pixels: Tensor) -> Tensor:
         return model.get_image_features(pixels).pooler_output
@@ -221,19 +236,29 @@ def _dual(model: nn.Module, image_processor, tokenizer, commit: str | None) -> E
     return Encoder(model, image_processor, see, read, whole=whole, commit=commit)
 
 
-def _embedded() -> Encoder:
+def _embedded(folder: Path) -> Encoder:
     """The vision tower of the embedded LLaVA and the text half beside it: one CLIP, as it was trained."""
     from safetensors.torch import load_file
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
-    folder = EMBEDDED["tiny"]
     half = "vision_tower."
     tower = {k: v for k, v in load_file(folder / "model.safetensors").items() if k.startswith(half)}
     weights = {f"vision_model.{key.removeprefix(half)}": value for key, value in tower.items()}
-    model = CLIPModel(_clip_config("tiny_clip", None))
+    model = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
     model.load_state_dict(weights | load_file(folder / "clip" / "model.safetensors"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "clip")
     return _dual(model, AutoImageProcessor.from_pretrained(folder), tokenizer, None)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """open_clip warns on the root logger of what is asked of it on purpose."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 LIBRARIES = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}

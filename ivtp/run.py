@@ -68,13 +68,13 @@ def run(arguments: Sequence[str]) -> Path:
     model, processor = build.build_model(config, device)
     shape = build.shape_of(model, build.usual_image(config))
     data = build.build_data(config, processor, shape, config.trainer.batch_size)
-    text, instruction = prompt_lengths(data.survey, processor)
+    text, instruction = prompt_lengths(data.survey, processor) if shape.language else (0, 0)
     planned = build.plan_rows(rows, shape, text, instruction)
     identity = {
         "model": build.model_identity(config, model),
         "data": OmegaConf.to_container(config.data) | data.about | {"hash": data.survey.hash},
-        "prompt": config.model.prompt,
-        "text_encoder": config.model.text_encoder,
+        "prompt": build.prompt_of(config),
+        "text_encoder": config.model.get("text_encoder"),
         "code": records.code_version(),
     }
     results = folder / "results.jsonl"

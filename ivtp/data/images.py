@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ivtp.data.batches import Batch
 from ivtp.data.questions import DataError
 
 QUESTION = "which class ?"
@@ -59,6 +60,23 @@ class Images(Dataset):
         return self._text(place), self.stamp(place).encode()
 
 
+class ImageCollate:
+    """Samples → Batch of pixels; there is no prompt. `processor` holds the model's `image_processor`."""
+
+    image_token = "<image>"
+
+    def __init__(self, processor) -> None:
+        self.processor = processor
+
+    def render(self, sample: dict) -> str:
+        return sample["question"]
+
+    def __call__(self, samples: list[dict]) -> Batch:
+        images = [sample["image"] for sample in samples]
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return Batch({"pixel_values": pixels}, samples)
+
+
 def image_folder(path: str | Path, patch_count: int) -> Images:
     """A folder with one folder of images per class, whose name is that of the class ("_" for a space). Names of WordNet
     (n01440764) are those of ImageNet: its order, and the words it has for them."""
@@ -68,7 +86,9 @@ def image_folder(path: str | Path, patch_count: int) -> Images:
     try:
         found = ImageFolder(path)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"data.path={path} must be a folder with one folder of images for each class ({error})") from error
+        raise DataError(
+            f"data.path={path} must be a folder with one folder of images for each class ({error})"
+        ) from error
     files = [Path(file) for file, _ in found.samples]
     names = [name.replace("_", " ") for name in found.classes]
     if all(name[0] == "n" and name[1:].isdigit() for name in found.classes):
@@ -82,11 +102,18 @@ def image_folder(path: str | Path, patch_count: int) -> Images:
     def stamp(place: int) -> str:
         return f"{ids[place]} {files[place].stat().st_size}"
 
-    return Images(ids, [label for _, label in found.samples], names, lambda i: Image.open(files[i]), lambda _: nowhere, stamp)
+    return Images(
+        ids, [label for _, label in found.samples], names, lambda i: Image.open(files[i]), lambda _: nowhere, stamp
+    )
 
 
 def hub_images(
-    path: str, patch_count: int, split: str = "test", image: str = "image", label: str = "label", revision: str | None = None
+    path: str,
+    patch_count: int,
+    split: str = "test",
+    image: str = "image",
+    label: str = "label",
+    revision: str | None = None,
 ) -> Images:
     """A data set of the hub, by id, or a folder of its parquet files; columns of images and of labels.
 
@@ -118,7 +145,9 @@ def hub_images(
         raise DataError(f"{path}, split {split!r}, has images without a label; choose another split")
     nowhere = torch.zeros(patch_count, dtype=torch.bool)
     ids = [str(i) for i in range(len(found))]
-    return Images(ids, labels, names, lambda i: found[i][image], lambda _: nowhere, lambda i: f"{found._fingerprint} {i}")
+    return Images(
+        ids, labels, names, lambda i: found[i][image], lambda _: nowhere, lambda i: f"{found._fingerprint} {i}"
+    )
 
 
 def digits(patch_count: int, split: str = "test", size: int = 5, whole: bool = True) -> Images:
