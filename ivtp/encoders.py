@@ -198,7 +198,7 @@ def _transformers(source: str, pretrained: bool, revision: str | None, attn_impl
         model = AutoModel.from_pretrained(source, revision=revision, use_safetensors=True, **settings)
         images = AutoImageProcessor.from_pretrained(source, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    return _dual(model, images, tokenizer, model.config._commit_hash)
+    return _dual(model, images, tokenizer, getattr(model.config, "_commit_hash", None))
 
 
 def _clip_config(source: str, revision: str | None):
