@@ -57,6 +57,7 @@ def share(value: float | None, whole: float | None, digits: int = 1) -> str:
 def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str], Iterator[list[str]]]:
     """Column heads and rows, as text; `errors`: with the standard error in every column, not in the main one only."""
     families = [key for key in rows[0]["metrics"] if key.startswith("accuracy/")]
+    families = families if len(families) > 1 else []  # of one family the accuracy says it all
     against = list(comparisons[rows[0]["label"]])
     papers = any(row.get("paper") for row in rows)
     words = any(row.get("words") for row in rows)
