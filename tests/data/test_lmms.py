@@ -29,9 +29,7 @@ from ivtp.evaluator import Evaluator
 from ivtp.registry import UserError
 from ivtp.run import main
 
-CONFIGS = sorted(
-    p.stem for p in (FOLDER / "data").glob("*.yaml") if p.stem not in ("scenes", "folder", "lmms", "images")
-)
+CONFIGS = sorted(path.stem for path in (FOLDER / "data").glob("*.yaml") if "defaults:" in path.read_text())
 JUDGED = {"llava_in_the_wild", "mmvet", "mmbench_cn"}
 FREE = [name for name in CONFIGS if name not in JUDGED]
 
