@@ -146,7 +146,9 @@ class Evaluator:
         inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
         question, shape, words, read = batch.samples[0]["question"], shape_of(self.model), 0, 0
         if is_encoder(self.config):
-            counted = count(self.model, plan, lambda: self.processor.see(inputs["pixel_values"]), question, rest="vision")
+            counted = count(
+                self.model, plan, lambda: self.processor.see(inputs["pixel_values"]), question, rest="vision"
+            )
         else:
             words = inputs["input_ids"].shape[1] - shape.patches
             read = len(self.processor.tokenizer(question, add_special_tokens=False)["input_ids"]) + 2
