@@ -23,7 +23,7 @@ def shape(model) -> Shape:
     """Sizes of a SigLIP vision tower, of a whole SigLIP, or of the config of either, its pooling head included."""
     sizes = clip_vit.shape(model, prefix=0)
     config = getattr(model, "config", model)
-    headed = getattr(config, "vision_config", config).vision_use_head
+    headed = getattr(getattr(config, "vision_config", config), "vision_use_head", True)  # not said by older versions
     return replace(sizes, pool=replace(sizes.vision, depth=1)) if headed else sizes
 
 
