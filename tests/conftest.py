@@ -56,6 +56,29 @@ TEXTS = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _facts_are_true():
+    """In every test, of all tokens ever made: a fact that a cut forgot to change would hide padding from nobody, or
+    find the visual tokens at the wrong places."""
+    from ivtp.pruning.tokens import Facts, Tokens
+
+    find = Tokens.__post_init__
+
+    def checked(tokens) -> None:
+        find(tokens)
+        if torch.compiler.is_compiling():
+            return
+        told, found = tokens.facts, Facts.of(tokens.valid, tokens.visual, tokens.reference)
+        # What is certain need not be known: padding may be expected where there is none by chance.
+        assert told.padded or not found.padded
+        assert found.lone or not told.lone
+        assert (told.visual, told.lead) == (found.visual, found.lead) or tokens.x.shape[1] == 1
+
+    Tokens.__post_init__ = checked
+    yield
+    Tokens.__post_init__ = find
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
