@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ivtp.data.batches import CHAT, Collate, QuestionData
+from ivtp.encoders import EMBEDDED_ENCODERS
 from ivtp.models import EMBEDDED, load_model, shape_of, source_shape
 from ivtp.pruners import PRUNERS, load_pruner
 from ivtp.pruners.budget import solve
@@ -55,9 +56,19 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="lightning")
 
 
+def is_encoder(config: DictConfig) -> bool:
+    """Whether `config.model` sorts images into classes, instead of answering questions about them."""
+    return "library" in config.model
+
+
 def build_model(config: DictConfig, device: str = "cpu"):
-    """Model and processor of `config.model`."""
+    """Model and processor of `config.model`; of an encoder (`model.library`) itself and how it sorts images."""
     c = config.model
+    if is_encoder(config):
+        from ivtp.build_images import build_encoder
+
+        encoder = build_encoder(config, device)
+        return encoder.model, encoder
     return load_model(
         c.source,
         text_encoder=c.text_encoder,
@@ -76,6 +87,10 @@ def build_shape(config: DictConfig) -> Shape:
     from transformers import AutoConfig
 
     quiet_libraries()
+    if is_encoder(config):
+        from ivtp.build_images import build_encoder_shape
+
+        return build_encoder_shape(config)
     c = config.model
     settings = OmegaConf.to_container(c.get("config") or OmegaConf.create({}))
     if settings:
@@ -96,6 +111,10 @@ def usual_image(config: DictConfig) -> tuple[int, int] | None:
 def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> QuestionData:
     """The data module of `config.data`."""
     c = config.data
+    if is_encoder(config):
+        from ivtp.build_images import build_images
+
+        return build_images(config, processor, shape, batch_size)
     if c.name == "scenes":
         from ivtp.data.scenes import Scenes
 
@@ -114,8 +133,16 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
         name, _ = asked.pop("task"), asked.pop("name")
         data = LmmsTask(name, shape.patches, chat=config.model.prompt == CHAT, **asked)
     else:
-        raise UserError(f"data.name={c.name!r} is not one of scenes, folder, lmms")
+        raise UserError(
+            f"data={c.name} asks nothing, but this model answers questions: data=scenes, folder, lmms; labelled images are "
+            "for encoders (model=tiny_clip, deit_small, …)"
+        )
     return QuestionData(data, Collate(processor, config.model.prompt), batch_size, c.limit)
+
+
+def prompt_of(config: DictConfig) -> str:
+    """What is put around a question; of an encoder that reads class names, around those."""
+    return config.model.get("prompt") or " | ".join(config.model.get("templates") or ())
 
 
 def plan_rows(rows: list[dict], shape: Shape, text: int, instruction: int) -> list[Row]:
@@ -170,8 +197,9 @@ def planner_of(row: dict, shape: Shape, settings: dict, keep: int | None) -> Pla
 def model_identity(config: DictConfig, model) -> dict:
     """What the results depend on of the model: its source, and a hash of its files or the revision of the hub."""
     source = str(config.model.source)
-    folder = Path(EMBEDDED.get(source, source))
+    folder = Path((EMBEDDED | EMBEDDED_ENCODERS).get(source, source))
     files = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")] if folder.is_dir() else []
-    commit = getattr(model.config, "_commit_hash", None)
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"source": source, "hash": fingerprint(files) if files else commit, "dtype": dtype}
+    commit = getattr(getattr(model, "config", model), "_commit_hash", None)
+    dtype = str(getattr(model, "dtype", None) or next(model.parameters()).dtype).removeprefix("torch.")
+    more = {name: config.model[name] for name in ("library", "pretrained", "neighbours") if name in config.model}
+    return {"source": source, "hash": fingerprint(files) if files else commit, "dtype": dtype} | more

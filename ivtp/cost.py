@@ -142,7 +142,8 @@ def tables(found: list[dict], convention: str = "paper") -> list[tuple[str, list
             by = {(r["label"], r["text"]): f"{scale * _total(r, convention):.4g}" for r in of_model}
             made.append((title, heads, [[label, *(by[label, text] for text in texts)] for label in labels]))
             continue
-        title = f"{model}, {texts[0]} text tokens, {unit} of one prefill"
+        prompt = f"{texts[0]} text tokens, {unit} of one prefill"
+        title = f"{model}, {prompt if of_model[0]['average_tokens'] is not None else f'{unit} of one image'}"
         extra = (
             [] if convention == "paper" else list(of_model[0]["conventions"]) if convention == "all" else [convention]
         )

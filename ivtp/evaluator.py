@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from lightning import Trainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from lightning import LightningModule, Trainer
 
 from ivtp import records
 from ivtp.backbones.shared import SharedVision, vision_side
-from ivtp.build import shape_of
+from ivtp.build import is_encoder, shape_of
 from ivtp.evaluation.answer import Answer
 from ivtp.evaluation.benchmarks import headline, measured
+from ivtp.evaluation.classify import Classify
+from ivtp.evaluation.memory import halving
 from ivtp.evaluation.speed import Stopwatch, count
 from ivtp.evaluation.statistics import passing, summary
+from ivtp.progress import progress
 from ivtp.pruning.cost import cost
 from ivtp.report.viewer import drawable
 from ivtp.report.wandb_run import log_row
@@ -27,8 +29,9 @@ class Evaluator:
         self.model, self.processor, self.data, self.config = model, processor, data, config
         self.folder, self.console, self.watch = folder, console, watch
 
+        self.device = next(model.parameters()).device
         self.shared = None
-        if config.trainer.share_mib and not config.measure:
+        if config.trainer.share_mib and not config.measure and not is_encoder(config):
             self.shared = SharedVision(config.trainer.share_mib << 20)
         self.outcomes: dict[str, list[dict]] = {}
 
@@ -51,42 +54,26 @@ class Evaluator:
         """The record of one row; goes on after the samples that an earlier, stopped run has answered."""
         path = self.outcome_file(key)
         outcomes = self.read(key)
-        self.data.done = {outcome["id"] for outcome in outcomes}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
-            task = progress.add_task(title, total=len(self.data.data), completed=len(outcomes))
+        watch, before = self.stopwatch(), len(outcomes)
+        hits = self.shared.hits if self.shared else 0
+        with progress(self.console, title, len(self.data.data), before) as tell:
 
             def record(new: list[dict]) -> None:
                 records.append(path, new)
                 outcomes.extend(new)
-                progress.update(task, completed=len(outcomes))
+                tell(len(outcomes))
 
-            watch = self.stopwatch()
-            more = {"shared": self.shared, "judge": self.data.judge} | ({"part": watch} if watch else {})
-            generation = self.data.generation or {"max_new_tokens": self.config.data.max_new_tokens}
-            module = Answer(
-                self.model,
-                self.processor,
-                row.planner,
-                record,
-                watch=self.watch,
-                generation=generation,
-                **more,
-            )
-            hits = self.shared.hits if self.shared else 0
-            before = len(outcomes)
+            module = self.module(row, record, watch)
+
+            def test(batch_size: int) -> None:
+                self.data.batch_size = batch_size
+                self.data.done = {outcome["id"] for outcome in outcomes}
+                self.trainer().test(module, datamodule=self.data, verbose=False)
+
             if before < len(self.data.data):
-                accelerator = "cpu" if self.model.device.type == "cpu" else "gpu"
-                trainer = Trainer(
-                    accelerator=accelerator,
-                    devices=1,
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
+                halving(
+                    test, self.data.batch_size, lambda words: self.console.print(f"{title}: {words}", soft_wrap=True)
                 )
-                trainer.test(module, datamodule=self.data, verbose=False)
         metrics = summary(outcomes) | measured(self.data.scores(outcomes, self.folder))
         rate = (len(outcomes) - before) / module.seconds if module.seconds else None
         speed = f", {rate:.0f} questions/s" if rate else ""
@@ -113,7 +100,7 @@ class Evaluator:
             "metrics": metrics,
             "speed": {
                 "questions_per_second": rate,
-                "batch_size": self.config.trainer.batch_size,
+                "batch_size": self.data.batch_size,
                 "shared": bool(self.shared and self.shared.hits > hits),
             }
             | (
@@ -125,26 +112,47 @@ class Evaluator:
             **({"words": passing(outcomes, plan.tau)} if plan.reads_clip and plan.words == "te_rt" else {}),
         }
 
+    def module(self, row, record, watch) -> LightningModule:
+        """What carries the plan out: answers to questions, or classes of images."""
+        part = {"part": watch} if watch else {}
+        if is_encoder(self.config):
+            return Classify(self.processor, self.data.source.classes, row.plan, record, self.watch, **part)
+        more = {"shared": self.shared, "judge": self.data.judge} | part
+        generation = self.data.generation or {"max_new_tokens": self.config.data.max_new_tokens}
+        return Answer(self.model, self.processor, row.planner, record, watch=self.watch, generation=generation, **more)
+
+    def trainer(self) -> Trainer:
+        return Trainer(
+            accelerator="cpu" if self.device.type == "cpu" else "gpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
     def stopwatch(self):
         """Takes the time of each part, where the experiment measures."""
         if not self.config.measure:
             return None
 
-        return Stopwatch(torch.cuda.synchronize) if self.model.device.type == "cuda" else Stopwatch()
+        return Stopwatch(torch.cuda.synchronize) if self.device.type == "cuda" else Stopwatch()
 
     def count(self, plan) -> dict:
         """FLOPs of one prefill of the first sample: as torch counts the executed ones, and in closed form."""
         if shape_of(self.model).by_image:
             raise UserError("measure=true counts one size of images, but this model reads several; leave it out")
         batch = self.data.collate([self.data.data[0]])
-        question = batch.samples[0]["question"]
-        shape = shape_of(self.model)
-        words = batch.inputs["input_ids"].shape[1] - shape.patches
-        read = len(self.processor.tokenizer(question, add_special_tokens=False)["input_ids"]) + 2
+        inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
+        question, shape, words, read = batch.samples[0]["question"], shape_of(self.model), 0, 0
+        if is_encoder(self.config):
+            counted = count(self.model, plan, lambda: self.processor.see(inputs["pixel_values"]), question, rest="vision")
+        else:
+            words = inputs["input_ids"].shape[1] - shape.patches
+            read = len(self.processor.tokenizer(question, add_special_tokens=False)["input_ids"]) + 2
+            counted = count(self.model, plan, lambda: self.model(**inputs), question)
         closed = cost(shape, plan, words, read, streamed=True)
         parts = ("vision", "projector", "text_encoder", "language", "pruner", "total")
-        inputs = {name: value.to(self.model.device) for name, value in batch.inputs.items()}
-        counted = count(self.model, plan, inputs, question)
         return {"counted": counted, "closed": {part: getattr(closed, part) for part in parts}}
 
     def log(self, record: dict, current: list[dict]) -> None:

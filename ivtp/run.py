@@ -67,14 +67,17 @@ def run(arguments: Sequence[str]) -> Path:
     device = pick_device(config)
     model, processor = build.build_model(config, device)
     shape = build.shape_of(model, build.usual_image(config))
+    reference = "class token" if shape.has_cls else "mean of all patches"
+    if not shape.has_cls:
+        console.print(f"{config.model.source} has no class token: in its tower the {reference} judges", soft_wrap=True)
     data = build.build_data(config, processor, shape, config.trainer.batch_size)
-    text, instruction = prompt_lengths(data.survey, processor)
+    text, instruction = prompt_lengths(data.survey, processor) if shape.language else (0, 0)
     planned = build.plan_rows(rows, shape, text, instruction)
     identity = {
         "model": build.model_identity(config, model),
         "data": OmegaConf.to_container(config.data) | data.about | {"hash": data.survey.hash},
-        "prompt": config.model.prompt,
-        "text_encoder": config.model.text_encoder,
+        "prompt": build.prompt_of(config),
+        "text_encoder": config.model.get("text_encoder"),
         "code": records.code_version(),
     }
     results = folder / "results.jsonl"
@@ -82,7 +85,8 @@ def run(arguments: Sequence[str]) -> Path:
     if torn:
         console.print(f"{torn} torn line(s) of {results} set aside in {results.name}.torn", soft_wrap=True)
     done = {record["key"]: record for record in finished}
-    about = {"experiment": config.name, **identity, "text_tokens": text, "seed": config.seed, **machine(device)}
+    about = {"experiment": config.name, **identity, "text_tokens": text, "reference": reference, "seed": config.seed}
+    about |= machine(device)
 
     from ivtp.report import report, viewer
 

@@ -41,18 +41,21 @@ def _known_clip(config) -> str | None:
     return KNOWN_CLIPS.get((vision.num_hidden_layers, vision.hidden_size, vision.image_size))
 
 
-def guide_for(model: nn.Module) -> Guide:
-    """The guide of a model; loads its text encoder on first use. Raises ModelError if one is missing."""
+def guide_for(model: nn.Module, reads_clip: bool = True) -> Guide:
+    """The guide of a model; loads its text encoder on first use, if it is read. Raises ModelError if one is missing."""
     companion = _companions.get(model)
     if companion is None or companion.processor is None:
         raise ModelError(
             "the pseudo CLS needs the model's processor and CLIP text encoder: load the model with ivtp.load_model, or "
             "register it with ivtp.load_model(model, processor, text_encoder=...)"
         )
+    if not reads_clip:
+        return Guide(companion.processor.tokenizer, None, model.config.image_token_id)
     if companion.text_encoder is None:
         raise ModelError(
             "no CLIP text encoder is known for this vision tower; name the CLIP it comes from with "
-            "ivtp.load_model(..., text_encoder='folder, hub id or open_clip:NAME@PRETRAINED')"
+            "ivtp.load_model(..., text_encoder='folder, hub id or open_clip:NAME@PRETRAINED'), or do without: ivtp with "
+            "reference='last' or words='all'"
         )
     if isinstance(companion.text_encoder, str):
         with one_line(companion.text_encoder):

@@ -173,10 +173,11 @@ class Prompt:
 class Guide:
     """Relevance of each token of a prompt to its image (Eq. 5–7), for any two tokenizers.
 
+    encoder       None where nothing is asked of CLIP
     instructions  the part of each prompt that CLIP reads (the question); default: all of the prompt's text
     """
 
-    def __init__(self, tokenizer, encoder: TextEncoder, image_token_id: int) -> None:
+    def __init__(self, tokenizer, encoder: TextEncoder | None, image_token_id: int) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder
         self.ignored = {image_token_id, *tokenizer.all_special_ids}
         self.instructions: Sequence[str] | None = None

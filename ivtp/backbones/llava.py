@@ -130,7 +130,8 @@ def shape(model) -> Shape:
 @contextmanager
 def pruned(model: nn.Module, front, planner, instruction, read_at, part, shared, truth) -> Iterator[PrunedModel]:
     """A model whose own forward is replaced by the pruned one for as long as the context lasts."""
-    guide = guide_for(model) if planner.outline.needs_guide else None
+    outline = planner.outline
+    guide = guide_for(model, outline.reads_clip or outline.reads_relevance) if outline.needs_guide else None
     if guide is not None:
         guide.instructions = [instruction] if isinstance(instruction, str) else instruction
     run = PrunedModel(model, front, planner, guide, read_at, part, shared, truth)

@@ -283,6 +283,23 @@ def make_scene(split: str, index: int, seed: int = 0) -> Scene:
     return Scene(image, tuple(things[i] for i in order), background)
 
 
+def digit_value(source: int) -> int:
+    """What handwritten digit `source` of `load_digits` says."""
+    return int(_digits()[1][source])
+
+
+def digit_card(source: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture with nothing on it but the card of one handwritten digit, `size` patches wide, and the card's patches.
+    The same digit gives the same picture."""
+    rng = np.random.default_rng((1706, source))
+    color = list(COLORS)[rng.integers(len(COLORS))]
+    row, column = (int(place) for place in rng.integers(0, GRID - size + 1, 2))
+    canvas = _draw_background(rng).astype(np.float32)
+    thing = Thing("number", color, digit_value(source), source, row, column, size, np.zeros(GRID**2, bool))
+    patches = _draw_thing(canvas, thing, rng, augment=False)
+    return np.clip(canvas, 0, 255).astype(np.uint8), patches
+
+
 # Questions --------------------------------------------------------------------------------------------------------
 # Each of these lists (text, answer, objects asked about) for a family, in groups: the group is drawn first.
 

@@ -103,9 +103,8 @@ class Answer(L.LightningModule):
                 }
             )
             if sample["id"] in self.watch:
-                before = sum(
-                    len(pictures(other)) for other in batch.samples[:i]
-                )  # a row for each image, then for each prompt
+                # The tower's rows are images, the language model's are prompts.
+                before = sum(len(pictures(other)) for other in batch.samples[:i])
                 outcomes[-1]["lived"] = lived(run.trace.vision, before, run.trace.language, i, len(sample["patches"]))
             if judged["correct"] is not None:
                 self.accuracy.update(float(judged["correct"]))

@@ -104,17 +104,16 @@ class FlopParts:
                 self.flops[self._inside[-1]] -= found
 
 
-def count(model, plan, inputs: dict, question: str) -> dict[str, int]:
-    """FLOPs of one prefill of one sample, per part and in total, LM head on every position as in the paper's count.
-
-    What is outside every part (the LM head) belongs to the language model.
+def count(model, plan, run: Callable[[], object], question: str, rest: str = "language") -> dict[str, int]:
+    """FLOPs of `run()`, the prefill of one sample, per part and in total, LM head on every position as in the paper's
+    count. What is outside every part (the LM head, a classifier) belongs to `rest`.
     """
     from ivtp.models import prune
 
     parts = FlopParts()
     whole = flop_counter()
     with torch.inference_mode(), prune(model, plan, instruction=[question], part=parts), whole:
-        model(**inputs)
+        run()
     total = whole.get_total_flops()
-    parts.flops["language"] += total - sum(parts.flops.values())
+    parts.flops[rest] += total - sum(parts.flops.values())
     return {part: parts.flops.get(part, 0) for part in PARTS} | {"total": total}

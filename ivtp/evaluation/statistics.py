@@ -72,6 +72,7 @@ def summary(outcomes: Sequence[dict]) -> dict:
     families = list(dict.fromkeys(o["family"] for o in outcomes))
     return {
         "accuracy": metric("correct"),
+        **({"top5": metric("top5")} if any(o.get("top5") is not None for o in outcomes) else {}),
         **{f"accuracy/{f}": metric("correct", [o for o in outcomes if o["family"] == f]) for f in families},
         "acc_early": metric("early_correct"),
         "hit": metric("hit"),

@@ -57,13 +57,15 @@ def share(value: float | None, whole: float | None, digits: int = 1) -> str:
 def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str], Iterator[list[str]]]:
     """Column heads and rows, as text; `errors`: with the standard error in every column, not in the main one only."""
     families = [key for key in rows[0]["metrics"] if key.startswith("accuracy/")]
+    families = families if len(families) > 1 else []  # of one family the accuracy says it all
     against = list(comparisons[rows[0]["label"]])
     papers = any(row.get("paper") for row in rows)
     words = any(row.get("words") for row in rows)
     heads = ["", "asked", "tokens", "average tokens", "GFLOPs", "of unpruned"]
     heads += [family.removeprefix("accuracy/") for family in families]
     metrics_of_task = own(rows[0]["metrics"])
-    heads += ["accuracy", *(name.partition("/")[2] or name for name in metrics_of_task)]
+    top = ["top5"] if "top5" in rows[0]["metrics"] else []
+    heads += ["accuracy", *top, *(name.partition("/")[2] or name for name in metrics_of_task)]
     heads += ["of dense"] if metrics_of_task else []
     heads += [*(f"− {other}" for other in against), "agrees", "acc_early", "hit", "share"]
     heads += [
@@ -82,7 +84,7 @@ def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str],
             line += [f"{row['average_tokens']:.4g}" if row.get("average_tokens") is not None else "–"]
             line += [f"{total * 1e3:.4g}", share(total, whole)]
             line += [percent(metrics[family], errors) for family in families]
-            line += [percent(metrics["accuracy"])]
+            line += [percent(metrics["accuracy"]), *(percent(metrics[name], errors) for name in top)]
             line += [number(metrics[name]) if name in metrics else "–" for name in metrics_of_task]
             line += [share(principal(metrics)["mean"], best)] if metrics_of_task else []
             for other in against:
@@ -107,6 +109,7 @@ def notes(rows: list[dict]) -> str:
         if "score" in metrics
         else ""
     )
+    about += "top5: the right class is among the five likeliest. " if "top5" in metrics else ""
     return about + (
         f"Accuracy in %, n = {n} questions about {images} images, ± standard error (images as clusters; sd: between seeds); "
         "differences are paired on the same questions, with 95 % bootstrap intervals over images, p by McNemar's exact "

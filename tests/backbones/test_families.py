@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import close, settings_of
-from families import FAMILIES, SIZES, TEXTS, batch, encode, family, photo
+from families import FAMILIES, SIZES, TEXTS, batch, encode, family, llava_onevision, photo
 from reference_families import family_logits
 
 import ivtp
@@ -119,6 +119,20 @@ def test_a_mixed_batch_is_its_prompts_alone(kind, name):
         assert images[i] or not own.language
 
 
+@pytest.mark.parametrize("words", ["all", "rt"])
+@pytest.mark.parametrize("kind", ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_a_pseudo_cls_without_clip(kind, words):
+    """Towers that no text encoder is paired with: IVTP's second stage from the language model's own embeddings."""
+    model, inputs = family(kind)[0], batch(kind)
+    asked = {"keep": KEEP[kind], "words": words, "tau": -1.0}
+    sequences, logits, trace = pruned(model, "ivtp", asked, inputs)
+    assert all(any(fit is not None for _, fit in spoken) for spoken in trace.words)
+    full, _ = family_logits(model, inputs, sequences, trace)
+    close(logits, full[:, inputs["input_ids"].shape[1] - 1 : -1], 3e-5)
+    last = pruned(model, "ivtp", {"keep": KEEP[kind], "reference": "last"}, inputs)[2]
+    assert last.kept.position.tolist() != trace.kept.position.tolist()
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", ["none", "rollout", "fastv", "ivtp"])
 def test_a_mixed_batch_is_the_masked_model(kind, name):
@@ -130,3 +144,32 @@ def test_a_mixed_batch_is_the_masked_model(kind, name):
     close(logits, full[:, inputs["input_ids"].shape[1] - 1 : -1], 3e-5)
     if name == "none":
         close(logits, generate(model, inputs)[1], 3e-5)
+
+
+def test_several_images_of_a_onevision_prompt_are_not_cut_into_crops():
+    """As its processor and its forward have it; a prompt with one image in the same batch is."""
+    model, processor, image = family("llava_onevision")
+    pictures = [[photo(70, 56, 1), photo(56, 70, 2)], [photo(70, 56, 3)]]
+    inputs = dict(
+        processor(images=pictures, text=[image * 2 + TEXTS[0], image + TEXTS[1]], return_tensors="pt", padding=True)
+    )
+    assert inputs["batch_num_images"].tolist() == [2, 1]
+    for name in ("none", "topk", "fastv"):
+        sequences, logits, trace = pruned(model, name, {} if name == "none" else {"keep": 15}, inputs)
+        full, _ = family_logits(model, inputs, sequences, trace)
+        close(logits, full[:, inputs["input_ids"].shape[1] - 1 : -1], 3e-5)
+    assert trace.visual.tolist() == [50, 105]
+
+
+def test_an_image_that_the_model_blends_is_cut_behind_the_tower_only():
+    """OneVision interpolates what makes too many tokens (anyres_max): those are no patches any more."""
+    model, processor, image = llava_onevision(limit=1)
+    inputs = dict(processor(images=[photo(70, 70)], text=[image + TEXTS[0]], return_tensors="pt"))
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 25 + 5 * 5 + 5
+    expected = generate(model, inputs)[1]
+    assert torch.equal(pruned(model, "none", {}, inputs)[1], expected)
+    sequences, logits, trace = pruned(model, "fastv", {"keep": 11}, inputs)
+    full, _ = family_logits(model, inputs, sequences, trace)
+    close(logits, full[:, inputs["input_ids"].shape[1] - 1 : -1], 3e-5)
+    with pytest.raises(ValueError, match="in the language model only"), ivtp.prune(model, "topk", keep=11):
+        model(**inputs)

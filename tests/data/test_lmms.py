@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from itertools import cycle
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -421,3 +422,32 @@ def test_lmms_eval_changes_nothing_for_other_data():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_every_family_answers_in_its_own_chat_template(kind, tmp_path):
+    """Messages with one and two images through a real processor, in batches as alone; every image has its own budget."""
+    from families import family
+
+    model, processor, image = family(kind)
+    template = (
+        "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}A:"
+    )
+    with patch.object(processor, "chat_template", template.replace("IMAGE", image)):
+        found = {}
+        for size in (1, 3):
+            config = config_of("seedbench", generation={"max_new_tokens": 2})
+            config.model.prompt = "chat"
+            data = build_data(config, processor, shape_of(model), size)
+            row = {"label": "fastv", "series": "fastv", "section": "", "pruner": {"name": "fastv"},
+                   "budget": {"ratio": 0.4}, "position_ids": "keep"}  # fmt: skip
+            (planned,) = plan_rows([row], shape_of(model), 12, 10)
+            evaluator = Evaluator(model, processor, data, config, tmp_path / str(size), Console(file=StringIO()))
+            record = evaluator.evaluate("key", planned, "title")
+            found[size] = evaluator.read("key")
+    assert record["metrics"]["seedbench/seed_all"]["n"] == ROWS
+    assert [(o["prediction"], o["left"]) for o in found[3]] == [(o["prediction"], o["left"]) for o in found[1]]
+    one, two = (len(found[1][place]["left"]) for place in (0, 7))
+    # LLaVA-OneVision shows an image among several whole, without crops: 25 tokens each.
+    assert two == (20 if kind == "llava_onevision" else 2 * one) and one

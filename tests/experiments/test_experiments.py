@@ -25,6 +25,10 @@ ASKED = {
 }  # fmt: skip
 
 
+MODELS = {"vision_only": ("tiny_clip", "vit_large_336", "eva02", "siglip_base")}
+"""Of experiments without a language model."""
+
+
 @cache
 def shape(model: str):
     from ivtp.build import build_shape
@@ -60,7 +64,7 @@ def test_its_rows_claims_and_rows_of_the_paper_exist(name):
 
 @pytest.mark.parametrize(
     ("name", "model"),
-    [(n, m) for n in NAMES for m in ("tiny", "llava_1_5_7b") if n not in ("figure4", "ablation_groupsize")]
+    [(n, m) for n in NAMES for m in MODELS.get(n, ("tiny", "llava_1_5_7b")) if n not in ("figure4", "ablation_groupsize")]
     + [("table2", "llava_1_5_13b")],
 )
 def test_its_rows_can_be_planned_on_every_model(name, model):
@@ -176,6 +180,18 @@ def ran(name: str, *more: str) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     assert run(f"experiment={name}", *more, output=folder) == 0
     return folder / name
+
+
+def test_vision_only_runs_without_a_language_model_and_says_what_encoders_cost():
+    """On real images, offline: the embedded CLIP tells handwritten digits apart by their names."""
+    folder = ran("vision_only", "data.limit=6", "viewer=2")
+    records = lines(folder / "results.jsonl")
+    assert {record["section"] for record in records} == {"", "equal tokens", "equal FLOPs"}
+    assert not any(record["cuts"]["language"] or record["tflops"]["language"] for record in records)
+    assert all(record["metrics"]["accuracy"]["n"] == 6 and "top5" in record["metrics"] for record in records)
+    assert {record["pruner"]["name"] for record in records} >= {"random", "topk", "rollout", "tome", "evit", "ats"}
+    table = (folder / "table.md").read_text()
+    assert "vit_large_336" in table and "of one image" in table and "text tokens" not in table
 
 
 def test_a_run_of_table6_says_what_was_asked_and_spent_and_judges_the_claims():

@@ -1,0 +1,86 @@
+"""From config to encoders and labelled images."""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from ivtp.data.batches import QuestionData
+from ivtp.data.images import ImageCollate, Images, digits, hub_images, image_folder
+from ivtp.encoders import TEMPLATES, Encoder, encoder_shape, load_encoder
+from ivtp.models import shape_of
+from ivtp.pruning.cost import Shape
+from ivtp.registry import UserError
+
+SOURCES = ("digits", "imagefolder", "hub_images")
+
+
+def build_encoder(config: DictConfig, device: str) -> Encoder:
+    c = config.model
+    settings = {name: c[name] for name in ("pretrained", "attn_implementation") if name in c}
+    return load_encoder(c.library, c.source, revision=c.revision, dtype=c.dtype, device=device, **settings)
+
+
+def build_encoder_shape(config: DictConfig) -> Shape:
+    from transformers import AutoConfig
+
+    c = config.model
+    if c.get("config"):
+        return shape_of(AutoConfig.for_model(**OmegaConf.to_container(c.config)))
+    return encoder_shape(c.library, c.get("architecture") or c.source, c.revision)
+
+
+def templates_of(config: DictConfig) -> tuple[str, ...]:
+    """What class names are put into; raises UserError for one without a place for the name."""
+    templates = tuple(config.model.get("templates") or TEMPLATES)
+    for template in templates:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise UserError(f"template {template!r} of model.templates must be a text with {{}}, the class name, once")
+    return templates
+
+
+def build_images(config: DictConfig, encoder: Encoder, shape: Shape, batch_size: int) -> QuestionData:
+    """The data module of `config.data`; from here on the encoder sorts images into its classes."""
+    neighbours = config.model.get("neighbours") or 0
+    data = _images(config.data, shape, encoder.whole)
+    if neighbours:
+        if not config.data.get("gallery"):
+            raise UserError(
+                f"model.neighbours={neighbours} vote, but data.gallery has none; give labelled images there"
+            )
+        gallery = _images(config.data, shape, encoder.whole, gallery=True)
+        if gallery.classes != data.classes:
+            raise UserError(
+                f"data.gallery={config.data.gallery} has other classes than the data: give it the same ones"
+            )
+        features, labels = look(encoder, gallery, batch_size)
+        encoder.by_neighbours(neighbours, features, labels, len(data.classes))
+    elif encoder.read is not None:
+        encoder.by_names(data.classes, templates_of(config))
+    else:
+        encoder.by_classifier(len(data.classes))
+    return QuestionData(data, ImageCollate(encoder), batch_size, config.data.limit)
+
+
+def _images(c: DictConfig, shape: Shape, whole: bool, gallery: bool = False) -> Images:
+    if c.name == "digits":
+        return digits(shape.patches, c.gallery if gallery else c.split, c.size, whole)
+    if c.name == "imagefolder":
+        return image_folder(c.gallery if gallery else c.path, shape.patches)
+    if c.name == "hub_images":
+        split = c.gallery if gallery else c.split
+        return hub_images(c.path, shape.patches, split, c.image, c.label, c.revision)
+    raise UserError(
+        f"data={c.name} asks questions, which an encoder does not answer; it sorts labelled images: data={', '.join(SOURCES)}"
+    )
+
+
+@torch.inference_mode()
+def look(encoder: Encoder, images: Images, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features "g d" of all images, unpruned, and their labels "g"."""
+    device, features = next(encoder.model.parameters()).device, []
+    for start in range(0, len(images), batch_size):
+        some = [images[i]["image"] for i in range(start, min(start + batch_size, len(images)))]
+        pixels = encoder.image_processor(images=some, return_tensors="pt")["pixel_values"]
+        features.append(encoder.features(pixels.to(device)))
+    return torch.cat(features), torch.tensor([int(label) for label in images.labels], device=device)

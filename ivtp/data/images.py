@@ -1,0 +1,176 @@
+"""Labelled images for encoders: a folder per class, a data set of the hub, scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ivtp.data.batches import Batch
+from ivtp.data.questions import DataError
+
+QUESTION = "which class ?"
+
+
+class Images(Dataset):
+    """Images with one label each, as samples like those of questions; `label` is the place of `answer` in `classes`.
+
+    open      place → the image
+    ids       names of the images, all different
+    patches   place → "v" True on the patches that show the object, where that is known
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        labels: Sequence[int],
+        classes: Sequence[str],
+        open: Callable[[int], Image.Image],
+        patches: Callable[[int], torch.Tensor],
+        stamp: Callable[[int], str],
+    ) -> None:
+        self.ids, self.labels, self.classes = ids, labels, list(classes)
+        self.open, self.patches, self.stamp = open, patches, stamp
+        if not len(ids):
+            raise DataError("the data set holds no image")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _text(self, place: int) -> dict:
+        label = int(self.labels[place])
+        about = {"id": self.ids[place], "image_id": self.ids[place], "question": QUESTION, "family": "all"}
+        return about | {"answer": self.classes[label], "label": label, "patches": self.patches(place)}
+
+    def __getitem__(self, place: int) -> dict:
+        try:
+            image = self.open(place).convert("RGB")
+        # What Pillow raises for files that are missing, damaged, or bombs.
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+            raise DataError(f"image {self.ids[place]!r} cannot be read ({error}); mend or remove it") from error
+        return self._text(place) | {"image": image}
+
+    def sketch(self, place: int) -> tuple[dict, bytes]:
+        """A sample without its image, and what stands for the image's content: opening all of a large set takes long."""
+        return self._text(place), self.stamp(place).encode()
+
+
+class ImageCollate:
+    """Samples → Batch of pixels; there is no prompt. `processor` holds the model's `image_processor`."""
+
+    image_token = "<image>"
+
+    def __init__(self, processor) -> None:
+        self.processor = processor
+
+    def render(self, sample: dict) -> str:
+        return sample["question"]
+
+    def __call__(self, samples: list[dict]) -> Batch:
+        images = [sample["image"] for sample in samples]
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return Batch({"pixel_values": pixels}, samples)
+
+
+def image_folder(path: str | Path, patch_count: int) -> Images:
+    """A folder with one folder of images per class, whose name is that of the class ("_" for a space). Names of WordNet
+    (n01440764) are those of ImageNet: its order, and the words it has for them."""
+    from torchvision.datasets import ImageFolder
+
+    path = Path(path)
+    try:
+        found = ImageFolder(path)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"data.path={path} must be a folder with one folder of images for each class ({error})"
+        ) from error
+    files = [Path(file) for file, _ in found.samples]
+    names = [name.replace("_", " ") for name in found.classes]
+    if all(name[0] == "n" and name[1:].isdigit() for name in found.classes):
+        from timm.data import ImageNetInfo
+
+        words = ImageNetInfo()
+        names = [words.label_name_to_description(name).split(",")[0] for name in found.classes]
+    ids = [file.relative_to(path).as_posix() for file in files]
+    nowhere = torch.zeros(patch_count, dtype=torch.bool)
+
+    def stamp(place: int) -> str:
+        return f"{ids[place]} {files[place].stat().st_size}"
+
+    return Images(
+        ids, [label for _, label in found.samples], names, lambda i: Image.open(files[i]), lambda _: nowhere, stamp
+    )
+
+
+def hub_images(
+    path: str,
+    patch_count: int,
+    split: str = "test",
+    image: str = "image",
+    label: str = "label",
+    revision: str | None = None,
+) -> Images:
+    """A data set of the hub, by id, or a folder of its parquet files; columns of images and of labels.
+
+    Raises DataError for what is not there; the names of the classes are the label's own, else its different values.
+    """
+    try:
+        from datasets import ClassLabel, load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+    except ImportError as error:
+        raise DataError("data=hub_images needs the package datasets: pip install datasets") from error
+    try:
+        found = load_dataset(path, split=split, revision=revision)
+    except (OSError, ValueError, DatasetNotFoundError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"data.path={path}, split {split!r}, cannot be loaded ({first}); offline, give a folder of parquet files, or run "
+            "once with the data set in the HF cache"
+        ) from error
+    for key, column in (("image", image), ("label", label)):
+        if column not in found.column_names:
+            raise DataError(f"data.{key}={column} is no column of {path}; there are {', '.join(found.column_names)}")
+    kind, values = found.features[label], found[label]
+    if isinstance(kind, ClassLabel):
+        names, labels = [name.replace("_", " ") for name in kind.names], list(values)
+    else:
+        different = sorted(set(values))
+        names, labels = [str(value) for value in different], [different.index(value) for value in values]
+    if any(value is None or value < 0 for value in labels):
+        raise DataError(f"{path}, split {split!r}, has images without a label; choose another split")
+    nowhere = torch.zeros(patch_count, dtype=torch.bool)
+    ids = [str(i) for i in range(len(found))]
+    return Images(
+        ids, labels, names, lambda i: found[i][image], lambda _: nowhere, lambda i: f"{found._fingerprint} {i}"
+    )
+
+
+def digits(patch_count: int, split: str = "test", size: int = 5, whole: bool = True) -> Images:
+    """Handwritten digits (`sklearn.datasets.load_digits`), each on a coloured card before a photograph, as in `scenes`.
+
+    size   side of the card in twelfths of the picture's (`scenes`: 4 or 5), at most 12
+    whole  the model sees the whole picture, so that its patches are known if they stand 12 × 12
+    """
+    from ivtp.data import scenes
+
+    if split not in scenes.SPLITS:
+        raise DataError(f"data.split={split!r} is not one of {', '.join(scenes.SPLITS)}")
+    if not 1 <= size <= scenes.GRID:
+        raise DataError(f"data.size={size} must be between 1 and {scenes.GRID}, the side of the whole picture")
+    pool = np.sort(scenes.digit_pool(split))
+    known = whole and patch_count == scenes.GRID**2
+
+    def asked(place: int) -> torch.Tensor:
+        patches = scenes.digit_card(int(pool[place]), size)[1] if known else np.zeros(patch_count, bool)
+        return torch.from_numpy(patches)
+
+    def picture(place: int) -> Image.Image:
+        return Image.fromarray(scenes.digit_card(int(pool[place]), size)[0])
+
+    ids, labels = [f"digit-{source}" for source in pool], [scenes.digit_value(int(source)) for source in pool]
+    return Images(ids, labels, scenes.NUMBERS, picture, asked, lambda i: f"{ids[i]} {size}")

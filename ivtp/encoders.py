@@ -1,0 +1,281 @@
+"""Load an image encoder with what sorts its images into classes: a classifier, or the names of the classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ivtp.backbones import ModelError, one_line
+from ivtp.models import EMBEDDED, shape_of
+from ivtp.pruning.cost import Shape
+from ivtp.registry import unknown
+
+EMBEDDED_ENCODERS = {"tiny_clip": EMBEDDED["tiny"]}
+TEMPLATES = ("a photo of a {}.",)
+TEMPERATURE = 0.07
+"""Of the votes of nearest neighbours (arXiv 2104.14294)."""
+
+
+@dataclass
+class Transform:
+    """A model's own way from pictures to pixels, with the face of a transformers image processor."""
+
+    one: Callable[[object], Tensor]
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+    do_normalize: bool = True
+
+    def __call__(self, images, return_tensors: str = "pt") -> dict[str, Tensor]:
+        images = images if isinstance(images, (list, tuple)) else [images]
+        return {"pixel_values": torch.stack([self.one(image) for image in images])}
+
+
+@dataclass
+class Encoder:
+    """A frozen model, its transform, and how its images are sorted into classes.
+
+    see     pixels "b 3 h w" → logits of the model's own classifier "b c", or features in the space of its texts "b d"
+    read    texts → features "t d"; None: the model reads none
+    feel    pixels → features that are compared with those of other images; default: `see`
+    labels  classes of the classifier; 0: it has none
+    whole   the transform shows the whole of a square picture
+    commit  revision of the checkpoint on the hub, where it came from there
+    """
+
+    model: nn.Module
+    image_processor: object
+    see: Callable[[Tensor], Tensor]
+    read: Callable[[list[str]], Tensor] | None = None
+    feel: Callable[[Tensor], Tensor] | None = None
+    labels: int = 0
+    whole: bool = True
+    commit: str | None = None
+    _sort: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Of each image for each class "b c", once it was said how: by classifier, names or neighbours."""
+        return self._sort(pixels.to(next(self.model.parameters()).dtype))
+
+    def by_classifier(self, classes: int) -> None:
+        """The model's own classifier decides; raises ModelError where it is of other classes."""
+        if self.labels != classes:
+            has = f"the model's classifier has {self.labels}" if self.labels else "the model has no classifier"
+            raise ModelError(
+                f"the data has {classes} classes, but {has}; give the data set that it was trained for, a model that reads "
+                "class names (model=clip_vit_b16), or model.neighbours=20"
+            )
+        self._sort = lambda pixels: self.see(pixels).float()
+
+    @torch.inference_mode()
+    def by_names(self, classes: Sequence[str], templates: Sequence[str] = TEMPLATES) -> None:
+        """The likeliest name decides, by cosine; a class is the mean of its name in all templates, of unit length (arXiv
+        2103.00020)."""
+        texts = [template.format(name) for name in classes for template in templates]
+        features = nn.functional.normalize(self.read(texts).float(), dim=-1)
+        names = nn.functional.normalize(features.view(len(classes), len(templates), -1).mean(1), dim=-1)
+        self._sort = lambda pixels: nn.functional.normalize(self.see(pixels).float(), dim=-1) @ names.T
+
+    def by_neighbours(self, neighbours: int, gallery: Tensor, labels: Tensor, classes: int) -> None:
+        """The nearest images of a gallery vote, by cosine, weighed by exp(cosine / 0.07) (arXiv 2104.14294).
+
+        gallery  features "g d" of the unpruned model, see `features`; labels "g"
+        """
+        gallery, marks = nn.functional.normalize(gallery, dim=-1), nn.functional.one_hot(labels, classes).float()
+
+        def sort(pixels: Tensor) -> Tensor:
+            likeness = nn.functional.normalize(self.features(pixels), dim=-1) @ gallery.T
+            best, index = likeness.topk(min(neighbours, len(gallery)))
+            return ((best / TEMPERATURE).softmax(-1)[:, :, None] * marks[index]).sum(1)
+
+        self._sort = sort
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What stands for each image among others "b d"."""
+        pixels = pixels.to(next(self.model.parameters()).dtype)
+        return (self.feel or self.see)(pixels).float()
+
+
+def load_encoder(
+    library: str,
+    source: str,
+    *,
+    pretrained: bool = True,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+) -> Encoder:
+    """An image encoder, frozen.
+
+    library     timm (classifiers), open_clip or transformers (CLIP and SigLIP, which read class names)
+    source      a hub id or a folder in that library's own format, safetensors only; "tiny_clip": the CLIP that the
+                embedded model is made of
+    pretrained  False: random weights of the architecture that the source's name says (timm, open_clip)
+    Raises ModelError, in one line, for what is missing, truncated, or not stored as safetensors.
+    """
+    if library not in LIBRARIES:
+        raise ModelError(unknown("model.library", str(library), LIBRARIES))
+    encoder = LIBRARIES[library](source, pretrained, revision, attn_implementation)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    encoder.model.eval().requires_grad_(False).to(device=device, dtype=wanted)
+    if not hasattr(encoder.model, "config"):  # where transformers has it, so that a record can say it
+        encoder.model._commit_hash = encoder.commit
+    return encoder
+
+
+def encoder_shape(library: str, source: str, revision: str | None = None) -> Shape:
+    """Sizes of an encoder from its name or its config alone: no weights are read, nor made."""
+    if library == "transformers":
+        return shape_of(_clip_config(source, revision))
+    with torch.device("meta"):
+        model = LIBRARIES[library](source, False, revision, None).model
+    return shape_of(model)
+
+
+def _timm(source: str, pretrained: bool, revision: str | None, _) -> Encoder:
+    import timm
+
+    where, commit = source.rsplit("/", 1)[-1], None
+    if pretrained or Path(source).is_dir():
+        where, commit = _fetched(source, revision, ["config.json", "model.safetensors"])
+        where = f"local-dir:{where}"
+    with one_line(source):
+        model = timm.create_model(where, pretrained=pretrained)
+    settings = timm.data.resolve_model_data_config(model)
+    transform = Transform(timm.data.create_transform(**settings), settings["mean"], settings["std"])
+    whole = settings["crop_pct"] == 1 or settings["crop_mode"] == "squash"
+
+    def feel(pixels: Tensor) -> Tensor:
+        return model.forward_head(model.forward_features(pixels), pre_logits=True)
+
+    return Encoder(model, transform, model, feel=feel, labels=model.num_classes, whole=whole, commit=commit)
+
+
+def _open_clip(source: str, pretrained: bool, revision: str | None, _) -> Encoder:
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    where, commit = source, None
+    if pretrained or Path(source).is_dir():
+        # A repository may hold the same weights twice, for transformers too.
+        patterns = ["open_clip_config.json", "open_clip*.safetensors", "*token*", "vocab*", "merges.txt", "*.model"]
+        folder, commit = _fetched(source, revision, patterns)
+        where = f"local-dir:{folder}"
+    device = torch.get_default_device()  # "meta" for the sizes alone
+    with one_line(source), hushed():
+        model = open_clip.create_model(
+            where, device=device, load_weights=pretrained, require_pretrained=pretrained, pretrained_text=False
+        )
+        tokenizer = open_clip.get_tokenizer(where)
+    settings = model.visual.preprocess_cfg
+    transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    transform = Transform(transform, settings["mean"], settings["std"])
+
+    def read(texts: list[str]) -> Tensor:
+        return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
+
+    return Encoder(model, transform, model.encode_image, read, commit=commit)
+
+
+def _transformers(source: str, pretrained: bool, revision: str | None, attn_implementation: str | None) -> Encoder:
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    if source in EMBEDDED_ENCODERS:
+        return _embedded(EMBEDDED_ENCODERS[source])
+    if not pretrained:
+        raise ModelError(
+            "pretrained=false: transformers' encoders are loaded with their weights; give a folder of them"
+        )
+    _clip_config(source, revision)
+    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with one_line(source):
+        model = AutoModel.from_pretrained(source, revision=revision, use_safetensors=True, **settings)
+        images = AutoImageProcessor.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    return _dual(model, images, tokenizer, getattr(model.config, "_commit_hash", None))
+
+
+def _clip_config(source: str, revision: str | None):
+    from transformers import AutoConfig
+
+    where = EMBEDDED_ENCODERS[source] / "clip" if source in EMBEDDED_ENCODERS else source
+    with one_line(source):
+        config = AutoConfig.from_pretrained(where, revision=revision)
+    if config.model_type not in ("clip", "siglip"):
+        raise ModelError(
+            f"{source} is a {config.model_type!r} model; encoders of transformers that read names: clip, siglip"
+        )
+    return config
+
+
+def _dual(model: nn.Module, image_processor, tokenizer, commit: str | None) -> Encoder:
+    """A CLIP or SigLIP of transformers; SigLIP was trained on texts that are padded to its whole context."""
+    padding = "max_length" if model.config.model_type == "siglip" else True
+
+    def read(texts: list[str]) -> Tensor:
+        length = model.config.text_config.max_position_embeddings
+        ids = tokenizer(texts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
+        keys = {"input_ids", "attention_mask"} if model.config.model_type == "clip" else {"input_ids"}
+        given = {name: ids[name].to(model.device) for name in keys if name in ids}
+        return model.get_text_features(**given).pooler_output
+
+    sides = getattr(image_processor, "size", None) or {}, getattr(image_processor, "crop_size", None) or {}
+    whole = not getattr(image_processor, "do_center_crop", False) or sides[0].get("shortest_edge") == sides[1].get(
+        "height"
+    )
+
+    def see(pixels: Tensor) -> Tensor:
+        return model.get_image_features(pixels).pooler_output
+
+    return Encoder(model, image_processor, see, read, whole=whole, commit=commit)
+
+
+def _embedded(folder: Path) -> Encoder:
+    """The vision tower of the embedded LLaVA and the text half beside it: one CLIP, as it was trained."""
+    from safetensors.torch import load_file
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+
+    half = "vision_tower."
+    tower = {k: v for k, v in load_file(folder / "model.safetensors").items() if k.startswith(half)}
+    weights = {f"vision_model.{key.removeprefix(half)}": value for key, value in tower.items()}
+    model = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
+    model.load_state_dict(weights | load_file(folder / "clip" / "model.safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "clip")
+    return _dual(model, AutoImageProcessor.from_pretrained(folder), tokenizer, None)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """open_clip warns on the root logger of what is asked of it on purpose."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+LIBRARIES = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
+
+
+def _fetched(source: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
+    """The folder of a checkpoint, from the hub if it is none, and its commit there; without pickles."""
+    folder, commit = Path(source), None
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        if folder.is_absolute() or source.startswith(("./", "../")):
+            raise ModelError(f"model folder {folder} does not exist; give a folder with a config and *.safetensors")
+        with one_line(source):
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        commit = folder.name
+    weights = [pattern for pattern in patterns if pattern.endswith(".safetensors")]
+    if not any(list(folder.glob(pattern)) for pattern in weights):
+        raise ModelError(f"{source} has no {weights[0]}; other formats (pickles) are never opened here")
+    return folder, commit

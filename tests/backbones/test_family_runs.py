@@ -1,0 +1,115 @@
+"""`python -m ivtp.run model=…` over a checkpoint of every family with its chat template, and what it says of sizes."""
+
+import json
+
+import pytest
+from families import FAMILIES, TEXTS, family, photo
+from running import by_label, run
+
+import ivtp
+from ivtp.backbones import ModelError
+
+CONFIGS = {
+    "llava": "llava_1_5_7b",
+    "llava_next": "llava_next_7b",
+    "llava_onevision": "llava_onevision_7b",
+    "qwen2_5_vl": "qwen2_5_vl_7b",
+    "qwen3_vl": "qwen3_vl_8b",
+    "internvl": "internvl3_8b",
+}
+IM = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+VICUNA = """{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE
+{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+
+
+def saved(kind: str, folder):
+    """A checkpoint as on the hub: weights, config, tokenizer, processor, chat template."""
+    model, processor, image = family(kind)
+    model.save_pretrained(folder)
+    before = getattr(processor, "chat_template", None)
+    processor.chat_template = (VICUNA if kind in ("llava", "llava_next") else IM).replace("IMAGE", image)
+    processor.save_pretrained(folder)
+    processor.chat_template = before
+    return folder
+
+
+def questions(folder):
+    """Pictures of three sizes, as people have them."""
+    folder.mkdir()
+    rows = []
+    for i, (height, width) in enumerate([(70, 56), (56, 84), (70, 70), (70, 56), (84, 42)]):
+        photo(height, width, i).save(folder / f"{i}.png")
+        rows.append({"id": str(i), "image": f"{i}.png", "question": TEXTS[i % 3], "answer": "red"})
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_command_runs_every_family(kind, tmp_path, capsys):
+    """The same command on what researchers use: chat template, pictures of any size, a batch of all of them."""
+    text_encoder = [] if kind not in ("llava", "llava_next") else ["model.text_encoder=null"]
+    image = [] if kind == "llava" else ["model.image=[84,70]" if kind.startswith("qwen") else "model.image=[70,70]"]
+    code = run(
+        f"model={CONFIGS[kind]}",
+        f"model.source={saved(kind, tmp_path / 'model')}",
+        "model.prompt=chat",
+        *text_encoder,
+        *image,
+        "data=folder",
+        f"data.path={questions(tmp_path / 'data')}",
+        "data.max_new_tokens=2",
+        "pruner=rollout",
+        "budget.ratio=0.4",
+        "logger=none",
+        output=tmp_path / "out",
+        quick=False,
+    )
+    assert code == 0, capsys.readouterr().err
+    records = by_label(tmp_path / "out" / "run")
+    assert set(records) == {"unpruned", "rollout"}
+    for record in records.values():
+        assert record["metrics"]["accuracy"]["n"] == 5
+    if kind != "llava":
+        metrics = records["rollout"]["metrics"]
+        share = metrics["tokens_left"]["mean"] / metrics["visual_tokens"]["mean"]
+        assert 0.25 < share < 0.5, "of every image's own tokens the share that was asked for stays"
+        assert records["unpruned"]["metrics"]["tokens_left"] == records["unpruned"]["metrics"]["visual_tokens"]
+
+
+def test_a_budget_counts_an_image_or_each_crop():
+    """LLaVA-NeXT's papers count either; five crops make a factor of five."""
+    shape = ivtp.shape_of(family("llava_next")[0], (70, 70))
+    assert (shape.crops, shape.patches, shape.separators) == (5, 25, 10)
+    of_image = ivtp.load_pruner("fastv", shape, keep=20)
+    of_crop = ivtp.load_pruner("fastv", shape, keep=20, per="crop")
+    assert (of_image.final, of_crop.final) == (20, 100)
+    tower = ivtp.load_pruner("topk", shape, keep=20)
+    assert tower.vision.schedule[-1].keep == 4
+    both = ivtp.load_pruner("ivtp", shape, keep=20, reference="last")
+    assert both.language.schedule[-1].keep == 20
+    assert both.language.schedule[0].keep <= 5 * both.vision.schedule[-1].keep
+    for wrong, message in (({"keep": 3}, "at least one of each crop"), ({"keep": 9, "per": "row"}, "per='row'")):
+        with pytest.raises(ValueError, match=message):
+            ivtp.load_pruner("topk", shape, **wrong)
+
+
+def test_what_a_family_cannot_do_is_said_in_one_line():
+    """No silent change: M-RoPE has no renumbering, merge units no single patches, SigLIP no CLIP text."""
+    qwen, onevision = family("qwen2_5_vl")[0], family("llava_onevision")[0]
+    asked = (
+        (qwen, "fastv", {"keep": 9, "position_ids": "renumber"}, "M-RoPE"),
+        (qwen, "prumerge", {"keep": 9}, "patches of a unit"),
+        (qwen, "downsample", {"keep": 9}, "own size"),
+        (onevision, "ivtp", {"keep": 41}, "CLIP text encoder"),
+    )
+    for model, name, settings, message in asked:
+        with pytest.raises(ValueError, match=message) as error, ivtp.prune(model, name, **settings):
+            pass
+        assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match="multiples of 14"):
+        ivtp.shape_of(qwen, (85, 70))
+    with pytest.raises(ModelError, match="leave it out"):
+        ivtp.shape_of(family("llava")[0], (70, 70))

@@ -1,0 +1,160 @@
+"""Labelled images: folders, data sets in the hub's format, scikit-learn's digits."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ivtp.data.images import ImageCollate, digits, hub_images, image_folder
+from ivtp.data.questions import DataError
+from ivtp.data.scenes import NUMBERS, digit_pool
+
+
+def picture(shade: int, size=(23, 17)):
+    return Image.fromarray(np.full((*size[::-1], 3), shade, np.uint8))
+
+
+def folder(path, **classes: int):
+    """One folder per class with so many images."""
+    for number, (name, count) in enumerate(classes.items()):
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            picture(10 * number + i).save(path / name / f"{i}.png")
+    return path
+
+
+def test_a_folder_of_a_folder_per_class(tmp_path):
+    data = image_folder(folder(tmp_path, tabby_cat=2, dog=3), 9)
+    assert data.classes == ["dog", "tabby cat"] and len(data) == 5
+    sample = data[3]
+    assert (sample["id"], sample["answer"], sample["label"]) == ("tabby_cat/0.png", "tabby cat", 1)
+    assert sample["image"].getpixel((0, 0)) == (0, 0, 0) and not sample["patches"].any() and len(sample["patches"]) == 9
+
+
+def test_wordnet_names_become_words_in_imagenet_s_order(tmp_path):
+    """Zero-shot classification reads them; a classifier counts them."""
+    data = image_folder(folder(tmp_path, n01440764=1, n01443537=1), 4)
+    assert data.classes == ["tench", "goldfish"]
+
+
+def test_what_a_run_knows_of_an_image_without_opening_it_changes_with_its_file(tmp_path):
+    """A data set of many thousand images is not decoded before the first one runs; its hash still tells it apart."""
+    data = image_folder(folder(tmp_path, a=1, b=1), 4)
+    sample, before = data.sketch(1)
+    assert "image" not in sample and sample["answer"] == "b"
+    picture(3, (99, 98)).save(tmp_path / "b" / "0.png")
+    assert data.sketch(1)[1] != before
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(DataError, match="one folder of images for each class"):
+            image_folder(path, 4)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    folder(tmp_path, a=2)
+    (tmp_path / "a" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    data = image_folder(tmp_path, 4)
+    data[0]
+    with pytest.raises(DataError, match=r"'a/1.png' cannot be read"):
+        data[1]
+
+
+def parquet(path, label, kind: dict | None = None):
+    """A split of a data set as the hub stores it: bytes of images, and the features in the schema's metadata."""
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as Images
+
+    def content(shade):
+        out = io.BytesIO()
+        picture(shade).save(out, "PNG")
+        return {"bytes": out.getvalue(), "path": None}
+
+    feature = ClassLabel(names=kind["names"]) if kind else Value("string" if isinstance(label[0], str) else "int64")
+    columns = {"image": [content(i) for i in range(len(label))], "label": label}
+    found = Dataset.from_dict(columns, features=Features({"image": Images(), "label": feature}))
+    (path / "data").mkdir(parents=True)
+    found.to_parquet(path / "data" / "test-00000-of-00001.parquet")
+    return str(path)
+
+
+def test_a_folder_of_parquet_files_with_the_label_s_own_names(tmp_path):
+    data = hub_images(parquet(tmp_path, [1, 0, 1], {"names": ["cat", "fire_truck"]}), 4)
+    assert data.classes == ["cat", "fire truck"]
+    assert [data[i]["answer"] for i in range(3)] == ["fire truck", "cat", "fire truck"]
+    assert data[2]["image"].getpixel((0, 0)) == (2, 2, 2) and data[2]["image"].mode == "RGB"
+
+
+def test_labels_without_names_are_named_by_their_values(tmp_path):
+    data = hub_images(parquet(tmp_path, ["b", "a", "b"]), 4)
+    assert data.classes == ["a", "b"] and [data[i]["label"] for i in range(3)] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"split": "validation"}, "split 'validation', cannot be loaded"),
+        ({"image": "picture"}, "data.image=picture is no column"),
+        ({"label": "class"}, "data.label=class is no column"),
+    ],
+)
+def test_what_a_data_set_does_not_have_is_named(tmp_path, given, says):
+    with pytest.raises(DataError, match=says) as raised:
+        hub_images(parquet(tmp_path, ["b", "a"]), 4, **given)
+    assert "\n" not in str(raised.value)
+
+
+def test_images_without_a_label_are_refused(tmp_path):
+    """As in the test splits of many data sets, which hide it as -1."""
+    with pytest.raises(DataError, match="without a label"):
+        hub_images(parquet(tmp_path, [-1, -1], {"names": ["a"]}), 4)
+
+
+def test_a_data_set_that_is_not_there_says_what_to_do_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match="offline, give a folder of parquet files"):
+        hub_images("nobody/nothing", 4)
+
+
+def test_digits_are_the_same_in_every_run_and_lie_where_their_patches_say():
+    data = digits(144)
+    assert data.classes == list(NUMBERS) and len(data) == len(digit_pool("test"))
+    sample, again = data[7], digits(144)[7]
+    assert sample["image"].tobytes() == again["image"].tobytes() and torch.equal(sample["patches"], again["patches"])
+    rows, columns = sample["patches"].view(12, 12).nonzero().T
+    assert (int(rows.max() - rows.min()), int(columns.max() - columns.min())) == (4, 4)
+    other = np.asarray(digits(144)[8]["image"]).astype(int)
+    assert np.abs(np.asarray(sample["image"]).astype(int) - other).mean() > 5
+
+
+def test_no_digit_is_in_two_splits():
+    ids = [set(digits(144, split).ids) for split in ("train", "validation", "test")]
+    assert sum(map(len, ids)) == len(set.union(*ids)) == 1797
+
+
+def test_patches_of_a_model_with_another_grid_are_not_known():
+    assert not digits(196)[0]["patches"].any()
+    assert not digits(144, whole=False)[0]["patches"].any()
+
+
+@pytest.mark.parametrize(("given", "says"), [({"split": "tset"}, "data.split='tset'"), ({"size": 13}, "data.size=13")])
+def test_digits_that_there_are_none_of(given, says):
+    with pytest.raises(DataError, match=says):
+        digits(144, **given)
+
+
+def test_a_batch_is_what_the_model_s_own_transform_makes_of_each_image():
+    class Processor:
+        @staticmethod
+        def image_processor(images, return_tensors):
+            return {"pixel_values": torch.stack([torch.tensor(np.asarray(image)).float() for image in images])}
+
+    data = digits(144)
+    batch = ImageCollate(Processor())([data[3], data[1]])
+    assert batch.inputs["pixel_values"].shape == (2, 96, 96, 3)
+    assert [sample["id"] for sample in batch.samples] == [data.ids[3], data.ids[1]]
