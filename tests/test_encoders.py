@@ -174,7 +174,9 @@ def test_names_sort_as_the_model_s_own_forward_ranks_them(make, tmp_path):
     actual = encoder.logits(pixels(encoder))
     siglip = make is siglip_folder
     texts = [TEMPLATES[0].format(name) for name in NAMES]
-    ids = tokenizer(texts, padding="max_length" if siglip else True, max_length=17, truncation=True, return_tensors="pt")
+    ids = tokenizer(
+        texts, padding="max_length" if siglip else True, max_length=17, truncation=True, return_tensors="pt"
+    )
     given = {"input_ids": ids["input_ids"]} | ({} if siglip else {"attention_mask": ids["attention_mask"]})
     logits = model(**given, pixel_values=pixels(encoder)).logits_per_image
     close(actual, (logits - (model.logit_bias if siglip else 0)) / model.logit_scale.exp())

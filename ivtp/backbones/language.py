@@ -16,6 +16,7 @@ from ivtp.backbones.transformers_attention import asking
 from ivtp.pruning.pruner import Plan, Pruner
 from ivtp.pruning.tokens import Tokens
 from ivtp.pruning.traverse import Kept, traverse
+from ivtp.registry import UserError
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ LIMIT = 256
 def compiled(how: str | Mapping) -> Callable[..., Prefilled]:
     """`prefill` as one graph of torch.compile; `how`: its mode, or its arguments by name.
 
-    A method that looks at the data to know what to do next cannot be one graph; it says so, in a ValueError.
+    A method that looks at the data to know what to do next cannot be one graph; it says so, in a UserError.
     """
     graph = _graph(tuple(sorted({"mode": how}.items() if isinstance(how, str) else how.items())))
 
     def run(decoder, head, plan: Plan, *told) -> Prefilled:
         asks = asks_data(plan.language)
         if asks:
-            raise ValueError(f"compile={how}: this method cannot be one graph, since {asks}; run it without compile")
+            raise UserError(f"compile={how}: this method cannot be one graph, since {asks}; run it without compile")
         torch.compiler.cudagraph_mark_step_begin()
         with asking(), torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
             made = graph(decoder, head, plan, *told)

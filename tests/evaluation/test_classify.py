@@ -55,7 +55,9 @@ def test_a_stopped_run_goes_on_at_the_image_where_it_was(folder, tmp_path):
     path = copy / "outcomes" / f"{record['key']}.jsonl"
     kept = path.read_text().splitlines(keepends=True)[:13]
     path.write_text("".join(kept))
-    rows = [line for line in (copy / "results.jsonl").read_text().splitlines(keepends=True) if record["key"] not in line]
+    rows = [
+        line for line in (copy / "results.jsonl").read_text().splitlines(keepends=True) if record["key"] not in line
+    ]
     (copy / "results.jsonl").write_text("".join(rows))
     assert run(*DIGITS, output=tmp_path) == 0
     assert path.read_text().splitlines(keepends=True)[:13] == kept
@@ -82,7 +84,9 @@ def test_accuracies_are_torchmetrics_own(monkeypatch):
     labels = [3, 0, 5, 1, 1, 2, 4]
     for classes in (6, 5):
         module, found = made(logits[:, :classes], [label % classes for label in labels], classes)
-        ranks = [(row > row[label % classes]).sum().item() for row, label in zip(logits[:, :classes], labels, strict=True)]
+        ranks = [
+            (row > row[label % classes]).sum().item() for row, label in zip(logits[:, :classes], labels, strict=True)
+        ]
         assert module.accuracy.compute() == pytest.approx(sum(rank == 0 for rank in ranks) / 7)
         assert [o["correct"] for o in found] == [rank == 0 for rank in ranks]
         if classes > 5:
@@ -105,7 +109,9 @@ def made(logits, labels, classes):
         lambda i: torch.zeros(25, dtype=torch.bool),
         str,
     )
-    encoder = Encoder(model, lambda images, return_tensors: {"pixel_values": torch.zeros(len(images), 3, 35, 35)}, model)
+    encoder = Encoder(
+        model, lambda images, return_tensors: {"pixel_values": torch.zeros(len(images), 3, 35, 35)}, model
+    )
     encoder._sort = lambda pixels: logits
     found: list[dict] = []
     module = Classify(encoder, data.classes, Plan(), found.extend)
@@ -127,11 +133,20 @@ def test_it_trains_nothing():
     [
         (["model=tiny_clip", "pruner=rollout"], "data=scenes asks questions"),
         (["model=tiny", "data=digits"], "data=digits asks nothing"),
-        (["model=tiny_clip", "data=digits", "pruner=cdpruner"], "prunes inside a language model, but this model has none"),
+        (
+            ["model=tiny_clip", "data=digits", "pruner=cdpruner"],
+            "prunes inside a language model, but this model has none",
+        ),
         (["model=tiny_clip", "data=digits", "pruner=ivtp"], "use ivtp_v"),
         (["model=tiny_clip", "data=digits", "pruner=rollout", "model.templates=[number]"], "template 'number'"),
-        (["model=deit_small", "model.pretrained=false", "data=digits", "pruner=topk"], "the model's classifier has 1000"),
-        (["model=tiny_clip", "data=digits", "pruner=topk", "budget.average_tokens=9"], "counts tokens in a language model"),
+        (
+            ["model=deit_small", "model.pretrained=false", "data=digits", "pruner=topk"],
+            "the model's classifier has 1000",
+        ),
+        (
+            ["model=tiny_clip", "data=digits", "pruner=topk", "budget.average_tokens=9"],
+            "counts tokens in a language model",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(arguments, says, tmp_path, capsys):
@@ -147,7 +162,13 @@ def test_a_model_without_a_classifier_lets_its_neighbours_vote(tmp_path):
     sizes = {"img_size": 28, "embed_dim": 24, "depth": 3, "num_heads": 3}
     model = timm.create_model("vit_small_patch14_reg4_dinov2", **sizes)
     save_for_hf(model, tmp_path / "weights", model_args=sizes, safe_serialization=True)
-    arguments = ["model=dinov2", f"model.source={tmp_path / 'weights'}", "data=digits", "pruner=topk", "budget.ratio=1/2"]
+    arguments = [
+        "model=dinov2",
+        f"model.source={tmp_path / 'weights'}",
+        "data=digits",
+        "pruner=topk",
+        "budget.ratio=1/2",
+    ]
     assert run(*arguments, "data.gallery=validation", "data.size=12", output=tmp_path) == 0
     record = by_label(tmp_path / "run")["unpruned"]
     assert record["metrics"]["accuracy"]["mean"] > 0.2 and record["model"]["neighbours"] == 20

@@ -64,7 +64,12 @@ def test_its_rows_claims_and_rows_of_the_paper_exist(name):
 
 @pytest.mark.parametrize(
     ("name", "model"),
-    [(n, m) for n in NAMES for m in MODELS.get(n, ("tiny", "llava_1_5_7b")) if n not in ("figure4", "ablation_groupsize")]
+    [
+        (n, m)
+        for n in NAMES
+        for m in MODELS.get(n, ("tiny", "llava_1_5_7b"))
+        if n not in ("figure4", "ablation_groupsize")
+    ]
     + [("table2", "llava_1_5_13b")],
 )
 def test_its_rows_can_be_planned_on_every_model(name, model):
