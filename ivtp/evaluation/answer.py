@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import lightning as L
@@ -122,7 +122,8 @@ class Answer(L.LightningModule):
             if sample["id"] in self.watch:
                 # The tower's rows are images, the language model's are prompts.
                 before = sum(len(pictures(other)) for other in batch.samples[:i])
-                outcomes[-1]["lived"] = lived(run.trace.vision, before, run.trace.language, i, len(sample["patches"]))
+                cuts = [*((cut, before) for cut in run.trace.vision), *((cut, i) for cut in run.trace.language)]
+                outcomes[-1]["lived"] = lived(cuts, len(sample["patches"]))
             if judged["correct"] is not None:
                 self.accuracy.update(float(judged["correct"]))
         self.record(outcomes)
@@ -160,11 +161,10 @@ def seen(kept: Kept | None, sample: int, asked: torch.Tensor) -> dict:
     return {"kept": positions.tolist(), "hit": bool(on.any()), "share": float(on.float().mean())}
 
 
-def lived(vision: Sequence[Kept], image: int, language: Sequence[Kept], prompt: int, patches: int) -> str:
-    """How many cuts each patch of an image, the only one of its prompt, lived through, a character per patch: "0" none,
-    "1" one, and so on in Unicode's order. A cut never brings a token back, so this says what every cut kept."""
+def lived(cuts: Iterable[tuple[Kept, int]], patches: int) -> str:
+    """How many cuts (each with the row that is this image's) each patch of one image lived through, a character per patch:
+    "0" none, "1" one, and so on in Unicode's order. A cut never brings a token back, so this says what every cut kept."""
     counts = [0] * patches
-    cuts = [*((cut, image) for cut in vision), *((cut, prompt) for cut in language)]
     for number, (cut, row) in enumerate(cuts, start=1):
         for patch in cut.position[row][cut.valid[row]].tolist():
             counts[patch] = number

@@ -78,7 +78,7 @@ class Classify(L.LightningModule):
             "words": None,
         }
         if sample["id"] in self.watch:
-            outcome["lived"] = lived(cuts, i, len(sample["patches"]))
+            outcome["lived"] = lived([(cut, i) for cut in cuts], len(sample["patches"]))
         return outcome
 
     def on_test_epoch_end(self) -> None:

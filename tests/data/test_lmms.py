@@ -29,9 +29,7 @@ from ivtp.evaluator import Evaluator
 from ivtp.registry import UserError
 from ivtp.run import main
 
-CONFIGS = sorted(
-    p.stem for p in (FOLDER / "data").glob("*.yaml") if p.stem not in ("scenes", "folder", "lmms", "images")
-)
+CONFIGS = sorted(path.stem for path in (FOLDER / "data").glob("*.yaml") if "defaults:" in path.read_text())
 JUDGED = {"llava_in_the_wild", "mmvet", "mmbench_cn"}
 FREE = [name for name in CONFIGS if name not in JUDGED]
 
@@ -82,7 +80,7 @@ def test_the_twelve_benchmarks_have_a_config_and_so_have_their_traps():
 
 def prepared(task: LmmsTask) -> dict[str, str]:
     """Answers of which some are right, some wrong, some not to be made sense of."""
-    some = cycle(["{}", "{}.", "no", "{}", "B. ring", "Yes", "the {} thing"])
+    some = cycle(["{}", "{}.", "no", "<think>no, or yes</think>{}", "B. ring", "Yes", "the {} thing"])
     return {name: next(some).format(task._text(place)["answer"] or "zero") for name, place in task.places.items()}
 
 
@@ -99,6 +97,12 @@ def test_the_same_answers_get_the_score_that_lmms_eval_gives(name, tmp_path):
     assert found == pytest.approx(theirs) and theirs
     if name not in ("mmbench",):
         assert any(0 < value < 2000 for value in theirs.values()), "a score of nothing shows nothing"
+
+
+def test_an_answer_ends_where_the_task_says():
+    task = task_of("textvqa")
+    judged = task.judge(task[0], f"{task[0]['answer']} ASSISTANT: no")
+    assert (judged["prediction"], judged["correct"]) == (task[0]["answer"], True)
 
 
 @pytest.mark.parametrize("name", FREE)
