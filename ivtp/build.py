@@ -137,7 +137,8 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
             f"data={c.name} asks nothing, but this model answers questions: data=scenes, folder, lmms; labelled images are "
             "for encoders (model=tiny_clip, deit_small, …)"
         )
-    return QuestionData(data, Collate(processor, config.model.prompt), batch_size, c.limit)
+    collate, sort = Collate(processor, config.model.prompt), config.trainer.sort
+    return QuestionData(data, collate, batch_size, c.limit, sort, shape.by_image)
 
 
 def prompt_of(config: DictConfig) -> str:

@@ -30,6 +30,7 @@ WHOLE = {
     "trainer.batch_size": 1,
     "trainer.threads": 1,
     "trainer.share_mib": 0,
+    "trainer.vision_batch": 1,
     "data.scenes": 1,
     "data.seed": 0,
     "data.limit": 1,
@@ -37,9 +38,11 @@ WHOLE = {
     "logger.samples": 0,
     "viewer": 0,
 }
-NULLABLE = ("trainer.threads", "data.limit")
+NULLABLE = ("trainer.threads", "trainer.vision_batch", "data.limit")
 CHOICES = {
     "trainer.device": ("auto", "cpu", "cuda"),
+    "trainer.sort": (False, True),
+    "trainer.compile": (None, "default", "reduce-overhead"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "position_ids": ("keep", "renumber"),
     "evaluate": (True, False),
@@ -116,7 +119,13 @@ def check(config: DictConfig) -> None:
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(config, key, default=allowed[0])
         if value not in allowed:
-            raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}")
+            words = {None: "null", True: "true", False: "false"}
+            named = ", ".join(words.get(choice, choice) for choice in allowed)
+            raise ConfigError(f"{key}={value} is not one of {named}")
+    if config.measure and config.trainer.compile:
+        raise ConfigError(
+            f"trainer.compile={config.trainer.compile}: one graph has no parts, whose times measure=true asks for; leave one out"
+        )
     for key in TEXTS:
         value = OmegaConf.select(config, key, default="-")
         if value is None and key == "data.path" and config.data.name == "lmms":

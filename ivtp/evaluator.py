@@ -74,6 +74,9 @@ class Evaluator:
                 halving(
                     test, self.data.batch_size, lambda words: self.console.print(f"{title}: {words}", soft_wrap=True)
                 )
+            if self.config.trainer.sort:
+                outcomes[:] = self.data.as_they_come(outcomes)
+                records.replace(path, records.lines(outcomes))
         metrics = summary(outcomes) | measured(self.data.scores(outcomes, self.folder))
         rate = (len(outcomes) - before) / module.seconds if module.seconds else None
         speed = f", {rate:.0f} questions/s" if rate else ""
@@ -115,9 +118,15 @@ class Evaluator:
     def module(self, row, record, watch) -> LightningModule:
         """What carries the plan out: answers to questions, or classes of images."""
         part = {"part": watch} if watch else {}
+        trainer = self.config.trainer
         if is_encoder(self.config):
+            if trainer.compile or trainer.vision_batch:
+                raise UserError(
+                    "trainer.compile and trainer.vision_batch are about a tower before a language model; leave them out"
+                )
             return Classify(self.processor, self.data.source.classes, row.plan, record, self.watch, **part)
         more = {"shared": self.shared, "judge": self.data.judge} | part
+        more |= {"vision_batch": trainer.vision_batch, "compile": trainer.compile}
         generation = self.data.generation or {"max_new_tokens": self.config.data.max_new_tokens}
         return Answer(self.model, self.processor, row.planner, record, watch=self.watch, generation=generation, **more)
 

@@ -24,7 +24,7 @@ class RecordError(UserError):
 
 def append(path: Path, rows: Iterable[dict]) -> None:
     """Add rows to a JSON-lines file, all in one write."""
-    text = "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    text = lines(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
@@ -39,6 +39,11 @@ def append(path: Path, rows: Iterable[dict]) -> None:
                 raise
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def lines(rows: Iterable[dict]) -> bytes:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
 
 
 def _unwritable(path: Path, error: OSError) -> RecordError:

@@ -10,14 +10,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 # Shapes and types of the core are checked in tests only: users pay nothing for it.
-install_import_hook("ivtp.pruning", "checks.checked")
+if not os.environ.get("JAXTYPING_DISABLE"):
+    install_import_hook("ivtp.pruning", "checks.checked")
 
-import inspect  # noqa: E402
-from types import SimpleNamespace  # noqa: E402
+import inspect
+from types import SimpleNamespace
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -54,6 +55,30 @@ TEXTS = (
     "how many cube are there left of the big red round thing ?",
     "is the thing small ?",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _facts_are_true():
+    """In every test, of all tokens ever made: a fact that a cut forgot to change would hide padding from nobody, or
+    find the visual tokens at the wrong places."""
+    from ivtp.pruning.tokens import Facts, Tokens
+
+    find = Tokens.__post_init__
+
+    def checked(tokens) -> None:
+        find(tokens)
+        if torch.compiler.is_compiling():
+            return
+        told, found = tokens.facts, Facts.of(tokens.valid, tokens.visual, tokens.reference)
+        # What is certain need not be known: padding may be expected where there is none by chance.
+        assert told.padded or not found.padded
+        assert not told.lone or bool((tokens.reference.sum(1) <= 1).all())  # one that is visual itself may be cut
+        assert told.visual == found.visual
+        assert told.lead <= found.lead  # more, where what stood first was cut among tokens that stay
+
+    Tokens.__post_init__ = checked
+    yield
+    Tokens.__post_init__ = find
 
 
 @pytest.fixture(autouse=True)

@@ -150,6 +150,9 @@ def test_did_you_mean(override, said):
         ("data.max_new_tokens=0", "data.max_new_tokens=0 must be"),
         ("trainer.batch_size=0", "trainer.batch_size=0 must be"),
         ("trainer.threads=-1", "trainer.threads=-1 must be"),
+        ("trainer.vision_batch=0", "trainer.vision_batch=0 must be a whole number of at least 1, or null"),
+        ("trainer.sort=3", "trainer.sort=3 is not one of false, true"),
+        ("trainer.compile=fast", "trainer.compile=fast is not one of null, default, reduce-overhead"),
         ("trainer.device=gpu", "trainer.device=gpu is not one of auto, cpu, cuda"),
         ("model.dtype=half", "model.dtype=half is not one of"),
         ("position_ids=kept", "position_ids=kept is not one of keep, renumber"),
@@ -167,6 +170,12 @@ def test_a_value_that_no_run_could_use_is_named_with_its_bound(override, said):
         load_config([override])
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_parts_of_one_graph_cannot_be_timed():
+    """Its seconds per part would all be zero."""
+    with pytest.raises(ConfigError, match=r"trainer\.compile=default: one graph has no parts"):
+        load_config(["trainer.compile=default", "measure=true"])
 
 
 @pytest.mark.parametrize(

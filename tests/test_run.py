@@ -185,6 +185,20 @@ def test_the_size_of_a_batch_changes_no_outcome(tmp_path, pruner):
     assert found[0] == found[1] == found[2]
 
 
+def test_sorting_changes_no_outcome_and_not_their_order(tmp_path):
+    """Paired tests, and a run that goes on, read the outcomes in the order of the data."""
+    found = []
+    for name, more in (("plain", []), ("sorted", ["trainer.sort=true", "trainer.vision_batch=2"])):
+        rows = "variants=[{label: a, pruner: ivtp}]"
+        assert run(rows, "trainer.batch_size=3", *more, output=tmp_path / name) == 0
+        (record,) = lines(tmp_path / name / "run" / "results.jsonl")
+        found.append([record["key"], record["metrics"], outcomes(tmp_path / name / "run", record)])
+    plain, other = found
+    words = [[score for _, score in outcome.pop("words") or []] for row in (plain[2], other[2]) for outcome in row]
+    assert words[: len(words) // 2] == pytest.approx(words[len(words) // 2 :], abs=1e-4)
+    assert plain == other
+
+
 def test_results_go_where_output_says_and_nowhere_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("data.limit=5", output=tmp_path / "else where") == 0

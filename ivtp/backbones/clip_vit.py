@@ -16,7 +16,7 @@ from ivtp.pruning.attention import Attention
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.scores import mix
-from ivtp.pruning.tokens import Tokens
+from ivtp.pruning.tokens import Facts, Tokens
 from ivtp.pruning.traverse import traverse
 
 
@@ -75,6 +75,7 @@ class ClipVit:
             reference=place == 0 if self.prefix else place >= 0,
             position=(place - self.prefix).expand(x.shape[0], -1),
             sample=sample_number(pixel_values),
+            facts=Facts(x.shape[1] - self.prefix, lone=self.prefix > 0, lead=self.prefix),
         )
         side = self.tower.embeddings.image_size // self.tower.embeddings.patch_size
         return tokens if grid is None else spread(tokens, grid, (side, side))
@@ -83,7 +84,7 @@ class ClipVit:
         block = self.layers[layer]
         bias = tokens.size.log() if proportional and layer > 0 else None
         kernel = block.self_attn.config._attn_implementation
-        mask = key_mask(kernel, tokens.valid, tokens.x.shape[1], False, bias, tokens.x.dtype)
+        mask = key_mask(kernel, tokens.valid, tokens.x.shape[1], False, bias, tokens.x.dtype, tokens.facts.padded)
         output, (q, k, v) = attend(block.self_attn, block.layer_norm1(tokens.x), attention_mask=mask)
         return tokens.x + output, Attention(q, k, v, block.self_attn.scale, score_bias(tokens, bias))
 
@@ -108,7 +109,7 @@ class ClipVit:
 
 def score_bias(tokens: Tokens, bias: Tensor | None) -> Tensor | None:
     """What is added to the logits of every query: the log sizes, and -inf on padding; None where that is nothing."""
-    if bool(tokens.valid.all()):
+    if not tokens.facts.padded:
         return bias
     bias = torch.zeros_like(tokens.size) if bias is None else bias
     return bias.masked_fill(~tokens.valid, float("-inf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,21 @@ from ivtp.pruning.attention import Attention
 from ivtp.pruning.tokens import Tokens
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Which of the keys that a layer remembers may be seen "b m"; `padded`: False where all may."""
+
+    valid: Tensor
+    padded: bool
+
+
 class Llama:
     """A `LlamaModel` as a stack, with the key-value cache whose layers hold as many tokens as each layer saw.
 
     cache     a transformers `DynamicCache`, or None
-    earlier   for every layer "b m": which of the keys in the cache may be seen; empty before the prefill
+    earlier   for every layer which of the keys in the cache may be seen; empty before the prefill
+    seen      the same of every layer that has run, its own tokens included
+    memory    of every layer that has run its keys and values; kept where `remembers`, for a cache that is filled later
     part1     after this many leading layers `on_part1` is called; it may take the appended reference token away
     renumber  positions close up over pruned tokens instead of staying what they were
     rope      from tokens' positions "b n" to what the rotary embedding takes: "b n", or "3 b n" for M-RoPE
@@ -27,25 +38,30 @@ class Llama:
         self,
         decoder: nn.Module,
         cache=None,
-        earlier: list[Tensor] | None = None,
+        earlier: list[Keys] | None = None,
         renumber: bool = False,
         rope: Callable[[Tensor], Tensor] = lambda position: position,
+        remembers: bool = False,
     ) -> None:
         self.decoder = decoder
         self.layers = decoder.layers[: decoder.config.num_hidden_layers]
         self.depth = len(self.layers)
         self.cache = cache
         self.earlier = earlier or []
-        self.valid: list[Tensor] = []
-        self.renumber, self.rope = renumber, rope
+        self.seen: list[Keys] = []
+        self.memory: list[tuple[Tensor, Tensor]] = []
+        self.renumber, self.rope, self.remembers = renumber, rope, remembers
         self.part1, self.on_part1 = 0, None
         self._rotary: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
         block = self.layers[layer]
         n = tokens.x.shape[1]
-        valid = torch.cat([self.earlier[layer], tokens.valid], 1) if self.earlier else tokens.valid
-        self.valid.append(valid)
+        valid, padded = tokens.valid, tokens.facts.padded
+        if self.earlier:
+            before = self.earlier[layer]
+            valid, padded = torch.cat([before.valid, valid], 1), before.padded or padded
+        self.seen.append(Keys(valid, padded))
         bias = None
         if proportional and layer > 0 and not self.earlier:
             bias = tokens.size.log()
@@ -53,10 +69,12 @@ class Llama:
         output, (q, k, v) = attend(
             block.self_attn,
             block.input_layernorm(tokens.x),
-            attention_mask=key_mask(kernel, valid, n, True, bias, tokens.x.dtype),
+            attention_mask=key_mask(kernel, valid, n, True, bias, tokens.x.dtype, padded),
             position_embeddings=self._position_embeddings(tokens, valid),
             past_key_values=self.cache,
         )
+        if self.remembers:
+            self.memory.append((k, v))
         attention = Attention(q, k, v, block.self_attn.scaling, score_bias(tokens, bias), causal=True)
         return tokens.x + output, attention
 
@@ -89,10 +107,10 @@ class Llama:
     def forget_last(self, layers: int) -> None:
         """Remove the last token from what the first `layers` layers remember."""
         for layer in range(layers):
-            self.valid[layer] = self.valid[layer][:, :-1]
-            if self.cache is not None:
-                stored = self.cache.layers[layer]
-                stored.keys, stored.values = stored.keys[:, :, :-1], stored.values[:, :, :-1]
+            self.seen[layer] = Keys(self.seen[layer].valid[:, :-1], self.seen[layer].padded)
+            if self.remembers:
+                keys, values = self.memory[layer]
+                self.memory[layer] = keys[:, :, :-1], values[:, :, :-1]
 
     def _position_embeddings(self, tokens: Tokens, valid: Tensor) -> tuple[Tensor, Tensor]:
         position = tokens.position

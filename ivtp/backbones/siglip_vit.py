@@ -39,7 +39,7 @@ def pool(tower: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
 @contextmanager
 def unseen(attention: nn.MultiheadAttention, tokens: Tokens) -> Iterator[None]:
     """Within the context the keys that are only padding are hidden from a pooling attention."""
-    if bool(tokens.valid.all()):
+    if not tokens.facts.padded:
         yield
         return
     mask = {"key_padding_mask": ~tokens.valid}

@@ -154,7 +154,7 @@ def scaled(block: nn.Module, branch: int, y: Tensor) -> Tensor:
 def mean_for_padding(x: Tensor, tokens: Tokens, prefix: bool) -> Tensor:
     """Padding becomes the mean of its sample's real patches (`prefix`: and of what is before them), so that an average
     over all places is that of those."""
-    if bool(tokens.valid.all()):
+    if not tokens.facts.padded:
         return x
     real = ((tokens.visual | prefix) & tokens.valid)[:, :, None].to(x.dtype)
     mean = (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)

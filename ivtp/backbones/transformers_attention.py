@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import torch
@@ -15,13 +15,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "ivtp_recording"
 
 
-# The kernel that computes, who is told q, k, v, and the masks of a packed sequence's pieces. Not passed as arguments:
-# some modules (SigLIP) hand none on.
-_asked: ContextVar[tuple[str, Callable, Iterator[Tensor] | None]] = ContextVar("ivtp_asked")
+# Of the calls under way: the kernel that computes, who is told q, k, v, and the masks of a packed sequence's pieces. Not
+# passed as arguments: some modules (SigLIP) hand none on.
+_asked: ContextVar[list[tuple[str, Callable, Iterator[Tensor] | None]]] = ContextVar("ivtp_asked")
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """What is compiled has to run in here: torch.compile can read a context variable, but not set it."""
+    token = _asked.set([])
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 def _recording(module, query, key, value, attention_mask, *more, **kwargs):
-    name, record, masks = _asked.get()
+    name, record, masks = _asked.get()[-1]
     record(query, key, value)
     if masks is not None:
         attention_mask = next(masks)
@@ -49,11 +59,14 @@ def _call(module, hidden_states: Tensor, record: Callable, masks: Iterator[Tenso
     config = module.config
     kernel = config._attn_implementation
     config._attn_implementation = NAME
-    token = _asked.set((kernel, record, masks))
+    token = None if torch.compiler.is_compiling() else _asked.set([])
+    _asked.get().append((kernel, record, masks))
     try:
         return module(hidden_states, **kwargs)
     finally:
-        _asked.reset(token)
+        _asked.get().pop()
+        if token is not None:
+            _asked.reset(token)
         config._attn_implementation = kernel
 
 
@@ -75,20 +88,23 @@ def peek(module, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor, Tenso
 
 
 def key_mask(
-    kernel: str, valid: Tensor, queries: int, causal: bool, bias: Tensor | None, dtype: torch.dtype
+    kernel: str,
+    valid: Tensor,
+    queries: int,
+    causal: bool,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    padded: bool | None = None,
 ) -> Tensor | None:
     """The mask that `kernel` expects, or None where it needs none, so that the fused kernel stays in use.
 
     valid  "b m" keys that may be seen; the last `queries` of them are the queries' own
     bias   "b m" added to the logits (log size of merged tokens)
+    padded False: all keys are valid; None: not known, so it is looked for, for which a GPU makes all wait
     """
     m = valid.shape[1]
-    if (
-        bias is None
-        and bool(valid.all())
-        and (queries in (1, m))
-        and not (kernel == "eager" and causal and queries > 1)
-    ):
+    whole = bias is None and queries in (1, m) and not (kernel == "eager" and causal and queries > 1)
+    if whole and not (bool(~valid.all()) if padded is None else padded):
         return None
     if kernel.startswith("flash_attention"):
         if bias is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -14,14 +15,15 @@ from transformers import DynamicCache
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
 from ivtp.backbones.clip_vit import sample_number
-from ivtp.backbones.llama import Llama
+from ivtp.backbones.language import compiled, prefill
+from ivtp.backbones.llama import Keys, Llama
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.trace import Trace, merged, pad_left
 from ivtp.pruning.cost import Shape
 from ivtp.pruning.instruction import pseudo_cls, raters
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.scores import mix
-from ivtp.pruning.tokens import Selection, Tokens, put, take
+from ivtp.pruning.tokens import Facts, Selection, Tokens, put, take
 from ivtp.pruning.traverse import Kept, Stack, traverse
 
 
@@ -67,6 +69,23 @@ class Layout:
     def crops(self) -> int:
         return self.rows or self.shape.crops
 
+    # Looked up once for all images: what asks a GPU for a number makes it wait.
+    @cached_property
+    def carrying(self) -> Tensor:
+        """The placeholders with a visual token "r"."""
+        return (self.slots >= 0).nonzero()[:, 0]
+
+    @cached_property
+    def separators(self) -> Tensor:
+        """The placeholders without."""
+        return (self.slots < 0).nonzero()[:, 0]
+
+    @cached_property
+    def slot_of(self) -> Tensor:
+        """For every visual token its placeholder, -1: none."""
+        blank = torch.full((self.shape.tokens,), -1, device=self.slots.device)
+        return blank.scatter(0, self.slots[self.carrying], self.carrying)
+
 
 class Front(Protocol):
     """What a family of models provides; all else is here.
@@ -102,7 +121,7 @@ class Look:
     """What the tower made of all images of one kind in a batch; i counts them.
 
     slot      "i v" placeholder of every visual token that is left, in raster order; features "i v d"; taps: DeepStack's
-    real      "i v" False where a slot is empty or has no placeholder
+    real      "i v" False where a slot is empty or has no placeholder; ragged: False where that is known to be nowhere
     """
 
     layout: Layout
@@ -114,6 +133,7 @@ class Look:
     cls: tuple[Tensor, Tensor | None]
     taps: Tensor | None
     joint: Callable[[], Tensor]
+    ragged: bool
 
 
 class PrunedModel:
@@ -143,6 +163,9 @@ class PrunedModel:
         self.core = model.model
         self.decoder = self.core.language_model
         self.trace = Trace()
+        self.vision_batch: int | None = None
+        """Crops that go through the tower at once; None: all of a batch."""
+        self.prefill = prefill
         # For every cache that a prefill filled: which keys of each layer are real, and the next position; a cache that
         # is gone takes it along.
         self._filled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -151,6 +174,19 @@ class PrunedModel:
                 "this plan reads the instruction with CLIP and needs the model's processor and CLIP text encoder: load the model "
                 "with ivtp.load_model, or pass processor= and text_encoder= to ivtp.load_model for a model you have"
             )
+
+    def compile(self, how: str | Mapping = "default") -> None:
+        """Run the language model's part of every prefill as one graph of torch.compile, with equal outputs; `how`: its
+        mode ("default", "reduce-overhead": CUDA graphs), or its arguments by name.
+
+        Every method, batch size and length of prompt is compiled once. Raises ValueError where parts are timed, and, in
+        the prefill, for a method that cannot be one graph.
+        """
+        if self.part is not nullcontext:
+            raise ValueError(
+                f"compile={how}: one graph has no parts to be told apart; leave part= out, or do not compile"
+            )
+        self.prefill = compiled(how)
 
     def forward(
         self,
@@ -197,7 +233,8 @@ class PrunedModel:
 
     def _prefill(self, input_ids, attention_mask, position_ids, cache, inputs) -> PrunedOutput:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if not bool(valid[:, -1].all()) and (self.plan.language is not None or self.read_at):
+        padded = attention_mask is not None and not bool(valid.all())
+        if padded and (self.plan.language is not None or self.read_at) and not bool(valid[:, -1].all()):
             raise ValueError(
                 "a prompt ends in padding, but its last token is needed; pad on the left (tokenizer.padding_side='left')"
             )
@@ -211,7 +248,7 @@ class PrunedModel:
             groups.setdefault(tuple(pictures[i].kind for i in numbers), []).append(prompt)
         if len(groups) == 1:
             (rows,) = groups.values()
-            hidden, filled, trace = self._read(input_ids, valid, positions, rows, held, looks, cache)
+            hidden, filled, trace = self._read(input_ids, valid, padded, positions, rows, held, looks, cache)
         else:
             # Prompts with other images than their neighbours' go through by themselves: every count of tokens is then
             # the same for all of a batch, in every method, and nothing depends on who else is in it.
@@ -220,7 +257,9 @@ class PrunedModel:
                 start = int(valid[rows].any(0).int().argmax())
                 index = torch.tensor(rows, device=input_ids.device)
                 own = None if cache is None else DynamicCache(config=self.decoder.config)
-                shown = input_ids[index, start:], valid[index, start:], positions[..., index, start:]
+                own_valid = valid[index, start:]
+                own_padded = padded and not bool(own_valid.all())
+                shown = input_ids[index, start:], own_valid, own_padded, positions[..., index, start:]
                 parts.append((rows, own, *self._read(*shown, rows, held, looks, own)))
             order = torch.tensor([row for part in parts for row in part[0]], device=input_ids.device).argsort()
             hidden = pad_left([part[2] for part in parts], 1)[order]
@@ -244,11 +283,12 @@ class PrunedModel:
         valid = torch.ones_like(input_ids, dtype=torch.bool)
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         rope = following + steps if position_ids is None else self.front.positions(input_ids, None, position_ids, {})
-        tokens = Tokens.of(self._embed(input_ids), torch.zeros_like(valid), torch.zeros_like(valid), valid=valid)
+        nothing, facts = torch.zeros_like(valid), Facts(0, lone=False)
+        tokens = Tokens.of(self._embed(input_ids), nothing, nothing, valid=valid, facts=facts)
         renumber = self.plan.position_ids == "renumber"
         stack = Llama(self.decoder, cache, earlier, renumber=renumber, rope=lambda position: rope)
         tokens, _ = traverse(stack, tokens)
-        self._filled[cache] = stack.valid, rope[..., -1:] + 1
+        self._filled[cache] = stack.seen, rope[..., -1:] + 1
         return PrunedOutput(last_hidden_state=self.decoder.norm(tokens.x), past_key_values=cache)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -307,9 +347,12 @@ class PrunedModel:
         first, owner = distinct(numbers)
 
         def look() -> tuple[Tokens, list[Kept], tuple[Tensor, Tensor | None]]:
-            tokens = stack.embed(pixels[first].flatten(0, 1), plan.image)
-            tokens, cuts = traverse(stack, tokens, plan.vision, self.part)
-            return tokens, cuts, self.front.cls(stack, tokens)
+            shown = pixels[first].flatten(0, 1)
+            parts = []
+            for some in shown.split(self.vision_batch or len(shown)):
+                tokens, cuts = traverse(stack, stack.embed(some, plan.image), plan.vision, self.part)
+                parts.append((tokens, cuts, self.front.cls(stack, tokens)))
+            return parts[0] if len(parts) == 1 else one_after_another(parts)
 
         with self.part("vision"):
             tokens, cuts, cls = self.shared(plan, numbers[first], look) if self.shared else look()
@@ -323,7 +366,7 @@ class PrunedModel:
         images, v = len(pixels), features.shape[0] // len(pixels) * features.shape[1]
         taps = None
         if layout.joins is not None:
-            slot = (layout.slots >= 0).nonzero()[:, 0].expand(images, -1)
+            slot, ragged = layout.carrying.expand(images, -1), False
             size, real = torch.ones(slot.shape, device=slot.device), torch.ones_like(slot, dtype=torch.bool)
             raster = slot.argsort(1)
         else:
@@ -331,12 +374,11 @@ class PrunedModel:
                 tokens.of_visual(tokens.position)
                 + layout.shape.patches * (torch.arange(len(rows), device=rows.device) % crops)[:, None]
             )
-            slot_of = torch.full((layout.shape.tokens,), -1, device=rows.device)
-            slot_of[layout.slots[layout.slots >= 0]] = (layout.slots >= 0).nonzero()[:, 0]
-            slot = slot_of[number].view(images, v)
+            slot = layout.slot_of[number].view(images, v)
             size, real = (tokens.of_visual(t).reshape(images, v) for t in (tokens.size, tokens.valid))
             # Raster order, whatever order merging left; behind it what the model's packing leaves out.
-            last, room = len(layout.slots), int((layout.slots >= 0).sum())
+            last, room = len(layout.slots), len(layout.carrying)
+            ragged = tokens.facts.padded or room < layout.shape.tokens
             real = real & (slot >= 0)
             raster = slot.where(real if v > room else slot >= 0, last).argsort(dim=1, stable=True)[:, :room]
             slot = slot.where(slot >= 0, last - 1)
@@ -353,17 +395,17 @@ class PrunedModel:
 
         cls = tuple(None if part is None else part.unflatten(0, (-1, crops))[owner, layout.base] for part in cls)
         sample = tokens.sample.view(images, crops)[:, 0]
-        return Look(layout, slot, features, size, real, sample, cls, taps, joint), cuts
+        return Look(layout, slot, features, size, real, sample, cls, taps, joint, ragged), cuts
 
-    def _read(self, input_ids, valid, positions, rows, held, looks, cache) -> tuple[Tensor, list[Tensor], Trace]:
+    def _read(self, input_ids, valid, padded, positions, rows, held, looks, cache) -> tuple[Tensor, list[Keys], Trace]:
         """The language model over prompts with images of the same kinds: hidden states, real keys per layer, trace."""
         seen = Seen.of([[looks_of(looks, i) for i in held[row]] for row in rows])
         plan = self.planner.prompt([look.layout.shape for look, _ in seen.looks]) if seen.looks else Plan()
         trace = Trace()
-        image = (input_ids == self.model.config.image_token_id).nonzero()[:, 1].view(len(rows), -1)
+        image = (input_ids != self.model.config.image_token_id).byte().argsort(dim=1, stable=True)[:, : seen.places]
         first = image[:, :1] if seen.looks else torch.zeros_like(input_ids[:, :1])
         place = torch.arange(input_ids.shape[1], device=input_ids.device) - first
-        tokens = self._fill(input_ids, place, valid, image, seen)
+        tokens = self._fill(input_ids, place, valid, padded, image, seen)
         if plan.cuts_language(tokens.visual_count):
             if plan.reads_truth:
                 tokens = replace(tokens, relevance=self._truth(rows, len(held), tokens, seen))
@@ -371,34 +413,29 @@ class PrunedModel:
                 tokens = replace(tokens, relevance=self._relevance(input_ids, valid, rows, len(held), tokens, seen))
             if plan.reference == "raters":
                 with self.part("pruner"):
-                    tokens = replace(tokens, reference=raters(tokens))
+                    tokens = replace(tokens, reference=raters(tokens), facts=replace(tokens.facts, lone=False))
         appends = plan.appends_to(tokens.visual_count)
         if appends:
             reference, words = self._reference(plan, input_ids, valid, rows, len(held), seen)
             tokens, trace = tokens.append(reference), replace(trace, words=words)
 
         longer = torch.cat([positions, positions[..., -1:] + 1], -1)  # of an appended reference too
-
-        def rope(position: Tensor) -> Tensor:
-            index = (position + first).expand(*longer.shape[:-1], -1)
-            return longer.gather(-1, index)
-
-        stack = Llama(self.decoder, cache, renumber=plan.position_ids == "renumber", rope=rope)
-        stack.part1 = plan.part1 if appends else self.read_at
-        early: list[Tensor] = []
-        stack.on_part1 = lambda tokens: self._end_part1(stack, tokens, appends, early) if stack.part1 else tokens
         with self.part("language"):
-            tokens, cuts = traverse(stack, tokens, plan.language, self.part)
-            hidden = self.decoder.norm(tokens.x)
+            told = tokens, longer, first, appends, self.read_at, cache is not None, self.part
+            made = self.prefill(self.decoder, self.model.lm_head, plan, *told)
+            if cache is not None:
+                for layer, keys_values in enumerate(made.memory):
+                    cache.update(*keys_values, layer)
+        cuts = made.cuts
         if seen.looks:
-            ranks = (image - first)[:, seen.carries].contiguous()
+            ranks = (image - first)[:, seen.carrying]
             cuts = [replace(cut, position=torch.searchsorted(ranks, cut.position.contiguous())) for cut in cuts]
-        visual = torch.full((len(rows),), int(seen.carries.sum()) if seen.looks else 0)
+        visual = torch.full((len(rows),), len(seen.carrying) if seen.looks else 0)
         entered = Kept(-1, "block", seen.rank, seen.real) if seen.looks else None
-        trace = replace(trace, language=cuts, entered=entered, visual=visual, early=early[0] if early else None)
-        return hidden, stack.valid, trace
+        trace = replace(trace, language=cuts, entered=entered, visual=visual, early=made.early)
+        return made.hidden, made.keys, trace
 
-    def _fill(self, input_ids, place, valid, image, seen: Seen) -> Tokens:
+    def _fill(self, input_ids, place, valid, padded, image, seen: Seen) -> Tokens:
         """The prompt with the surviving features at their places; the placeholders of the others are gone."""
         x = self._embed(input_ids)
         last = torch.arange(input_ids.shape[1], device=input_ids.device)[None] == input_ids.shape[1] - 1
@@ -406,12 +443,13 @@ class PrunedModel:
         words = mix((ids * (2 * place + 1)).sum(1))
         nothing = torch.zeros_like(valid)
         if not seen.looks:
-            return Tokens.of(x, visual=nothing, reference=last, position=place, valid=valid, sample=mix(words))
-        if not bool(seen.carries.all()):
-            fixed = image[:, ~seen.carries]
+            known = {"position": place, "valid": valid, "sample": mix(words), "facts": Facts(0, padded)}
+            return Tokens.of(x, visual=nothing, reference=last, **known)
+        if len(seen.separators):
+            fixed = image[:, seen.separators]
             separator = self.front.separator.to(x)
             x = put(x, fixed, separator.expand(*fixed.shape, -1))
-        visual = image[:, seen.carries]
+        visual = image[:, seen.carrying]
         tokens = Tokens.of(
             x,
             visual=nothing.scatter(1, visual, True),
@@ -419,11 +457,13 @@ class PrunedModel:
             position=place,
             valid=valid,
             sample=mix(seen.sample + words),
+            facts=Facts(visual.shape[1], padded),
         )
-        if seen.rank.shape[1] == visual.shape[1] and bool(seen.real.all()):
+        real = None if not seen.ragged or bool(seen.real.all()) else seen.real
+        if seen.rank.shape[1] == visual.shape[1] and real is None:
             tokens = tokens.with_x(put(x, visual, seen.features))
         else:
-            tokens = tokens.keep(Selection(seen.rank, valid=seen.real), lambda *_: (seen.features, seen.size), None)
+            tokens = tokens.keep(Selection(seen.rank, valid=real), lambda *_: (seen.features, seen.size), None)
         if seen.taps is not None:
             blank = tokens.x.new_zeros(*tokens.x.shape[:2], seen.taps.shape[2])
             tokens = replace(tokens, feature=put(blank, tokens.visual_index, seen.taps))
@@ -445,7 +485,7 @@ class PrunedModel:
 
     def _truth(self, rows: Sequence[int], batch: int, tokens: Tokens, seen: Seen) -> Tensor:
         """1 where a surviving image token lies on what the question is about "b n"."""
-        total = int(seen.carries.sum())
+        total = len(seen.carrying)
         if self.truth is None or batch % len(self.truth) or self.truth.shape[1] != total:
             given = None if self.truth is None else tuple(self.truth.shape)
             raise ValueError(
@@ -462,26 +502,22 @@ class PrunedModel:
             fit = self.guide.fit(input_ids, valid, seen.joint(), (rows, batch))
         return torch.zeros_like(tokens.size).scatter(1, tokens.visual_index, fit.to(tokens.size.dtype))
 
-    def _end_part1(self, stack: Llama, tokens: Tokens, appended: bool, early: list[Tensor]) -> Tokens:
-        if appended:
-            tokens = tokens.without_last()
-            stack.forget_last(stack.part1)
-        if self.read_at:
-            early.append(self.model.lm_head(self.decoder.norm(tokens.x[:, -1])))
-        return tokens
-
 
 @dataclass(frozen=True)
 class Seen:
     """What prompts with images of the same kinds show the language model, their images side by side.
 
     looks     of every image of a prompt: its look, and its row in it for every prompt
-    carries   "s" which of a prompt's image tokens carry a visual one
+    places    a prompt's image tokens
+    carrying  "r" which of them carry a visual one; separators: which do not
     rank      "b v" which of those each surviving visual token is
+    ragged    False: all of `real` is True
     """
 
     looks: list[tuple[Look, Tensor]]
-    carries: Tensor | None = None
+    places: int = 0
+    carrying: Tensor | None = None
+    separators: Tensor | None = None
     rank: Tensor | None = None
     features: Tensor | None = None
     size: Tensor | None = None
@@ -489,6 +525,7 @@ class Seen:
     sample: Tensor | None = None
     cls: tuple[Tensor, Tensor | None] | None = None
     taps: Tensor | None = None
+    ragged: bool = False
 
     @classmethod
     def of(cls, prompts: list[list[tuple[Look, int]]]) -> Seen:
@@ -503,12 +540,14 @@ class Seen:
             found = [getattr(look, name) for look, _ in looks]
             return None if found[0] is None else torch.cat([t[i] for t, (_, i) in zip(found, looks, strict=True)], 1)
 
-        carries = [look.layout.slots >= 0 for look, _ in looks]
-        ranks, before = [], 0
-        for (look, rows), carry in zip(looks, carries, strict=True):
-            rank = (carry.long().cumsum(0) - 1).clamp_min(0)
-            ranks.append(rank[look.slot[rows]] + before)
-            before += int(carry.sum())
+        ranks, carrying, separators, before, carried = [], [], [], 0, 0
+        for look, rows in looks:
+            layout = look.layout
+            rank = ((layout.slots >= 0).long().cumsum(0) - 1).clamp_min(0)
+            ranks.append(rank[look.slot[rows]] + carried)
+            carrying.append(layout.carrying + before)
+            separators.append(layout.separators + before)
+            before, carried = before + len(layout.slots), carried + len(layout.carrying)
         sample = looks[0][0].sample[looks[0][1]]
         for look, rows in looks[1:]:
             sample = mix(sample) + look.sample[rows]
@@ -519,7 +558,9 @@ class Seen:
             whole = wholes[0]
         return cls(
             looks,
-            torch.cat(carries),
+            before,
+            torch.cat(carrying),
+            torch.cat(separators),
             torch.cat(ranks, 1),
             side_by_side("features"),
             side_by_side("size"),
@@ -527,6 +568,7 @@ class Seen:
             sample,
             (whole[0], whole[1]),
             side_by_side("taps"),
+            any(look.ragged for look, _ in looks),
         )
 
     def joint(self) -> Tensor:
@@ -538,6 +580,19 @@ def looks_of(looks: dict, number: int) -> tuple[Look, int]:
     return next((look, rows[number]) for rows, look in looks.values() if number in rows)
 
 
+def one_after_another(parts: list[tuple[Tokens, list[Kept], tuple[Tensor, Tensor | None]]]) -> tuple:
+    """What the tower made of a batch in parts, as if it had been one."""
+    tokens, cuts, wholes = zip(*parts, strict=True)
+    cuts = [
+        replace(
+            same[0], position=torch.cat([cut.position for cut in same]), valid=torch.cat([cut.valid for cut in same])
+        )
+        for same in zip(*cuts, strict=True)
+    ]
+    whole = tuple(None if kind[0] is None else torch.cat(kind) for kind in zip(*wholes, strict=True))
+    return Tokens.together(tokens), cuts, whole
+
+
 def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """The first place of each different entry, in order, and for every entry which of those it equals."""
     same = numbers[:, None] == numbers[None]
@@ -546,12 +601,17 @@ def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
     return places, torch.searchsorted(places, first)
 
 
-def join(cache, caches: list, valids: list[list[Tensor]], order: Tensor) -> list[Tensor]:
+def join(cache, caches: list, keys: list[list[Keys]], order: Tensor) -> list[Keys]:
     """Put the keys and values of several groups of prompts, padded on the left, into one cache; which of them are real."""
     if cache is not None:
-        for layer in range(len(valids[0])):
-            keys, values = (
+        for layer in range(len(keys[0])):
+            both = (
                 pad_left([getattr(own.layers[layer], name) for own in caches], 2)[order] for name in ("keys", "values")
             )
-            cache.update(keys, values, layer)
-    return [pad_left(list(found), 1)[order] for found in zip(*valids, strict=True)]
+            cache.update(*both, layer)
+    layers = list(zip(*keys, strict=True))
+    ragged = [len({found.valid.shape[1] for found in layer}) > 1 for layer in layers]
+    return [
+        Keys(pad_left([found.valid for found in layer], 1)[order], uneven or any(found.padded for found in layer))
+        for layer, uneven in zip(layers, ragged, strict=True)
+    ]

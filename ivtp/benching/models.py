@@ -84,6 +84,15 @@ SMALL = Size(
     | {"projection_dim": 13},
 )
 SMALL_CROPS = Size("tiny, crops", SMALL.vision, SMALL.text, SMALL.clip, crops=True)
+BASE = Size(
+    "ViT-S/16-224 + 25M decoder",
+    {**VIT_L, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
+    | {"image_size": 224, "patch_size": 16, "projection_dim": 128},
+    {**LLAMA_1B, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    | {"num_key_value_heads": 8, "vocab_size": 8000},
+    {**CLIP_TEXT, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"projection_dim": 128},
+)
 CPU = Size("ViT-L/14-336 + 1B decoder", VIT_L, LLAMA_1B)
 LLAVA_7B = Size("LLaVA-1.5-7B", VIT_L, VICUNA_7B)
 LLAVA_NEXT_7B = Size("LLaVA-NeXT-7B", VIT_L, VICUNA_7B, crops=True)

@@ -26,7 +26,7 @@ def tables(record: dict) -> list[Table]:
     made = [_asked(record)]
     for case in record["cases"]:
         made += [_prefill(case), _parts(case)]
-    return [*made, _decoding(record), _peers(record)]
+    return [*made, _decoding(record), _throughput(record["throughput"]), _peers(record)]
 
 
 def _asked(record: dict) -> Table:
@@ -92,6 +92,16 @@ def _decoding(record: dict) -> Table:
     ]
     rows += [[f["model"], "speed-up", _interval(f["speedup"]), f"{f['steps']} tokens"] for f in record["decoding"]]
     return "A generated token", ["", "", "ms; median [95 %]", ""], rows
+
+
+def _throughput(found: dict) -> Table:
+    rows = [
+        [name, f"batch {size}", *(f"{value:.4g}" for value in orders.values())]
+        for name, sizes in found["images_per_second"].items()
+        for size, orders in sizes.items()
+    ]
+    title = f"{found['model']}: images per second, {found['images']} prompts of up to {found['text']} text tokens"
+    return title, ["", "", "of one length", "of several, as they come", "of several, sorted"], rows
 
 
 def _peers(record: dict) -> Table:

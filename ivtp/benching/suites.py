@@ -16,6 +16,7 @@ from ivtp.benching import models
 from ivtp.benching.models import Size, build
 from ivtp.benching.peers import beside, rollout_over_dense
 from ivtp.benching.prefill import Case, decoding, measure
+from ivtp.benching.throughput import throughput
 from ivtp.benching.timing import Run, interleave, limits, machine, ratio, summary
 from ivtp.registry import UserError
 
@@ -37,11 +38,13 @@ class Cases:
 class Suite:
     """The last of all cases is the one whose ratios are the suite's.
 
+    batches   throughput of so many prompts at once, of the longest text of these cases
     steps     generated tokens, measured on the first case of every model
     main_job  also time the embedded main job
     """
 
     cases: tuple[Cases, ...]
+    batches: Cases
     rounds: int
     steps: int
     device: str = "cpu"
@@ -50,12 +53,15 @@ class Suite:
 
 
 SUITES = {
-    "cpu": Suite((Cases(models.CPU, 64),), rounds=5, steps=16, main_job=True),
+    "cpu": Suite(
+        (Cases(models.CPU, 64),), Cases(models.BASE, 21, batches=(1, 8, 32)), rounds=5, steps=16, main_job=True
+    ),
     "gpu": Suite(
         (
             Cases(models.LLAVA_7B, 64, texts=(64, 512), batches=(1, 8)),
             Cases(models.LLAVA_NEXT_7B, 320, texts=(64,), batches=(1, 8)),
         ),
+        Cases(models.LLAVA_7B, 64, batches=(1, 8, 32)),
         rounds=11,
         steps=64,
         device="cuda",
@@ -63,6 +69,7 @@ SUITES = {
     ),
     "tiny": Suite(
         (Cases(models.SMALL, 9, texts=(11,)), Cases(models.SMALL_CROPS, 45, texts=(11, 31), batches=(2,))),
+        Cases(models.SMALL, 9, texts=(31,), batches=(1, 3)),
         rounds=3,
         steps=3,
     ),
@@ -91,6 +98,12 @@ def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambd
         say(f"{group.size.name}: {suite.steps} generated tokens")
         decoded.append({"model": group.size.name} | decoding(first, max(2, rounds // 2), suite.steps))
         del model, first
+    say(f"{suite.batches.size.name}: batches")
+    model, many = build(suite.batches.size, suite.device, suite.dtype), suite.batches
+    batched = {"model": many.size.name} | throughput(
+        model, many.keep, max(many.texts), many.batches, max(1, rounds // 5)
+    )
+    del model
     say("a group's rollout")
     rollout = rollout_over_dense(suite.device, suite.dtype, rounds)
     say("imports")
@@ -107,6 +120,7 @@ def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambd
         "cases": cases,
         "decoding": decoded,
         "peers": peers,
+        "throughput": batched,
         "rollout": rollout,
         "imports": imports,
     }

@@ -91,23 +91,35 @@ class Survey:
     """What a run has to know of all samples before the first; `hash` covers ids, texts, pixels and asked patches.
 
     prompts  the questions as the model reads them, with one image token for an image
+    sizes    of the images of each sample; None: they were not opened
     """
 
     ids: list[str]
     questions: list[str]
     prompts: list[str]
     hash: str
+    sizes: list[list[tuple[int, int]] | None]
 
 
 class QuestionData(L.LightningDataModule):
     """A data set for testing; `done` holds ids that have their outcome already.
 
+    sort     longest prompts first, so that those of a batch are alike and little is padded; `by_size`: those whose images
+             have the same sizes side by side, for models that read images of several sizes
     A data set may bring more than items: `judge(sample, text)` → fields of an outcome (see `exact`), `generation`, settings
     of `generate`; `scores(outcomes, folder)`, metrics of its own; `about`, what its results depend on; `sketch(place)` →
     a sample without its images, and bytes that stand for their content, where that is cheaper than opening them.
     """
 
-    def __init__(self, data: Dataset, collate: Collate, batch_size: int, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        collate: Collate,
+        batch_size: int,
+        limit: int | None = None,
+        sort: bool = False,
+        by_size: bool = False,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise DataError(f"trainer.batch_size={batch_size} must be at least 1")
@@ -115,7 +127,7 @@ class QuestionData(L.LightningDataModule):
             raise DataError(f"data.limit={limit} must be at least 1 question, or null for all")
         self.source = data
         self.data = data if limit is None else Subset(data, range(min(limit, len(data))))
-        self.collate, self.batch_size = collate, batch_size
+        self.collate, self.batch_size, self.sort, self.by_size = collate, batch_size, sort, by_size
         self.judge = getattr(data, "judge", exact)
         self.generation, self.about = dict(getattr(data, "generation", {})), dict(getattr(data, "about", {}))
         self.done: Collection[str] = ()
@@ -123,18 +135,38 @@ class QuestionData(L.LightningDataModule):
     @cached_property
     def survey(self) -> Survey:
         """Every sample looked at once: opening its image may be the dearest part of a start."""
-        ids, questions, prompts, digest = [], [], [], hashlib.sha256()
+        ids, questions, prompts, sizes, digest = [], [], [], [], hashlib.sha256()
         sketch = getattr(self.source, "sketch", self._open)
         for place in range(len(self.data)):
             sample, content = sketch(place)
             ids.append(sample["id"])
             questions.append(sample["question"])
+            sizes.append([image.size for image in pictures(sample)] if "image" in sample else None)
             if "image" not in sample:  # it was not opened: as many as the question has places for, at least one
                 sample["images"] = [None] * max(1, sample["question"].count(self.collate.image_token))
             prompts.append(self.collate.render(sample))
             digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
             digest.update(content)
-        return Survey(ids, questions, prompts, digest.hexdigest()[:16])
+        return Survey(ids, questions, prompts, digest.hexdigest()[:16], sizes)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The places of the samples in the order in which they are asked."""
+        places = list(range(len(self.data)))
+        if not self.sort:
+            return places
+        lengths = [len(ids) for ids in self.collate.processor.tokenizer(self.survey.prompts)["input_ids"]]
+        sizes = [self._sizes(place) if self.by_size else [] for place in places]
+        return sorted(places, key=lambda place: (len(sizes[place]), sizes[place], lengths[place]), reverse=True)
+
+    def _sizes(self, place: int) -> list[tuple[int, int]]:
+        known = self.survey.sizes[place]
+        return [image.size for image in pictures(self.data[place])] if known is None else known
+
+    def as_they_come(self, outcomes: list[dict]) -> list[dict]:
+        """Outcomes in the order of the data set, in whichever they were asked."""
+        place = {name: place for place, name in enumerate(self.survey.ids)}
+        return sorted(outcomes, key=lambda outcome: place[outcome["id"]])
 
     def _open(self, place: int) -> tuple[dict, bytes]:
         sample = self.data[place]
@@ -150,8 +182,8 @@ class QuestionData(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         data = self.data
-        if self.done:
-            data = Subset(data, [i for i, name in enumerate(self.survey.ids) if name not in self.done])
+        if self.done or self.sort:
+            data = Subset(data, [place for place in self.order if self.survey.ids[place] not in self.done])
         return DataLoader(data, batch_size=self.batch_size, collate_fn=self.collate)
 
     def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:

@@ -21,14 +21,27 @@ from ivtp.pruning.pruner import Plan
 from ivtp.pruning.traverse import Kept
 
 
-def respond(model: nn.Module, processor, pruner: Plan | Planner, batch: Batch, generation: Mapping, **more):
+def respond(
+    model: nn.Module,
+    processor,
+    pruner: Plan | Planner,
+    batch: Batch,
+    generation: Mapping,
+    vision_batch: int | None = None,
+    compile: str | Mapping | None = None,
+    **more,
+):
     """What `model` answers under a plan, greedily: texts, generated tokens "b t", and the run.
 
     pruner      a plan, or what makes one for the images of each prompt
     generation  settings of `generate`; more: of `prune`
+    vision_batch, compile  of the run: see `PrunedModel`
     """
     questions = [sample["question"] for sample in batch.samples]
     with prune(model, pruner, instruction=questions, **more) as run:
+        run.vision_batch = vision_batch
+        if compile is not None:
+            run.compile(compile)
         tokens = model.generate(**batch.inputs, **generation, do_sample=False)
     tokens = tokens[:, batch.inputs["input_ids"].shape[1] :]
     return processor.batch_decode(tokens, skip_special_tokens=True), tokens, run
@@ -55,6 +68,8 @@ class Answer(L.LightningModule):
         part: Callable[[str], AbstractContextManager] = nullcontext,
         judge: Callable[[dict, str], dict] = exact,
         generation: Mapping | None = None,
+        vision_batch: int | None = None,
+        compile: str | Mapping | None = None,
     ) -> None:
         super().__init__()
         # Not a submodule: Lightning must not move, save or train what it only looks through.
@@ -64,6 +79,7 @@ class Answer(L.LightningModule):
         self.watch, self.shared, self.part, self.judge = watch, shared, part, judge
         self.by_image = isinstance(pruner, Planner) and pruner.shape.by_image
         self.generation = {"max_new_tokens": max_new_tokens, **(generation or {})}
+        self.vision_batch, self.compiling = vision_batch, compile
         self.accuracy = MeanMetric()
         self.seconds = 0.0
 
@@ -80,6 +96,7 @@ class Answer(L.LightningModule):
     def test_step(self, batch: Batch, index: int) -> None:
         start = time.perf_counter()
         more = {"shared": self.shared, "part": self.part, "read_early": True}
+        more |= {"vision_batch": self.vision_batch, "compile": self.compiling}
         if self.plan.reads_truth:
             more["truth"] = torch.stack([sample["patches"] for sample in batch.samples])
         texts, tokens, run = respond(self.model, self.processor, self.pruner, batch, self.generation, **more)

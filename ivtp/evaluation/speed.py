@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
 
 
 def _whole_attention(x, _, __, ___, heads, qkv, ____, out, *_____, **______) -> int:
@@ -20,8 +20,15 @@ def _whole_attention(x, _, __, ___, heads, qkv, ____, out, *_____, **______) -> 
     return 2 * b * n * (math.prod(qkv) + math.prod(out)) + sdpa_flop_count(one, one, one)
 
 
+def _product(a, b, *_, **__) -> int:
+    """`bmm`, but for an outer product, in which nothing is summed: transformers 5.17 makes the angles of rotary
+    positions (frequency × position) by one, and later ones without; no matrix of the model has a part in it."""
+    return 0 if a[2] == 1 else bmm_flop(a, b)
+
+
 # Kernels for CPUs that torch's counter does not know; the first one it does from 2.15 on.
 KERNELS = {
+    torch.ops.aten.bmm: _product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._native_multi_head_attention: _whole_attention,
 }

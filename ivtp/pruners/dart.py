@@ -57,6 +57,7 @@ class UnlikePivots:
     image_pivots: int = 4
     text_pivots: int = 4
     reads_state = True
+    asks_data = "its pivots take their turn in the order of a Python set of their places"
 
     def __call__(self, scores: Tensor | None, metric: Float[Tensor, "b n"], keep: int, tokens: Tokens) -> Selection:
         image, text = self.pivots(metric, tokens)

@@ -112,7 +112,7 @@ class Clusters:
 
         strongest = scores.masked_fill(is_centre, -torch.inf).argmax(1, keepdim=True)
         index = torch.where(real, torch.cat([centres, strongest], 1), strongest)
-        return Selection(index, valid=slot <= count[:, None], weight=rows)
+        return Selection(index, valid=slot <= count[:, None] if self.adaptive else None, weight=rows)
 
     def centres(self, scores: Tensor, valid: Tensor, room: int) -> tuple[Tensor, Tensor]:
         """Which tokens are centres "b room", and how many of them per sample."""

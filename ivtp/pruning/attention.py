@@ -8,10 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ROWS = 128
-"""Query rows formed at a time, on a CPU and wherever no fused kernel hands out its log-sum-exp."""
-BLOCK = 1 << 19
-"""Entries of the map formed at a time, over heads: what a core's cache holds (2 MiB), whatever n is."""
+from ivtp.pruning.streamed import streamed_sums
 
 
 @dataclass(frozen=True)
@@ -47,20 +44,20 @@ class Attention:
             logits = logits.masked_fill(later, float("-inf"))
         return self._hide(logits.softmax(-1).mean(1))
 
-    @torch.no_grad()
     def propagate(self, w: Float[Tensor, "b n"]) -> Float[Tensor, "b m"]:
         """`w @ A`: what the weighted queries look at together; `w` is never negative. w = 1/n gives column means.
 
         On a GPU two fused attentions (`ivtp.pruning.fused`), elsewhere a stream over blocks of rows: there a softmax
         in the cache is cheaper than a fused kernel's values, which nobody asks for.
         """
-        if self.q.is_cuda and self.q.dtype != torch.float64:
-            from ivtp.pruning.fused import column_sums
+        bias = None if self.bias is None else self._low(self.bias)
+        with torch.no_grad():
+            if self.q.is_cuda and self.q.dtype != torch.float64:
+                from ivtp.pruning.fused import column_sums
 
-            bias = None if self.bias is None else self._low(self.bias)
-            total = column_sums(self.q, self.k, w, bias, self.scale, self.causal)
-        else:
-            total = self._stream(w)
+                total = column_sums(self.q, self.k, w, bias, self.scale, self.causal)
+            else:
+                total = streamed_sums(self.q, self.k, w, bias, self.scale, self.causal)
         return self._hide(total[:, None])[:, 0] / self.q.shape[1]
 
     def map(self) -> Float[Tensor, "b n m"]:
@@ -76,34 +73,6 @@ class Attention:
     def keys(self) -> Float[Tensor, "b m e"]:
         """Keys, mean over heads: the metric of ToMe (arXiv 2210.09461)."""
         return self.k.float().mean(1)
-
-    def _stream(self, w: Tensor) -> Float[Tensor, "b m"]:
-        """`w @ A` summed over heads; every head's block of rows is formed, weighed and forgotten."""
-        b, h, n, e = self.q.shape
-        g, m = self.k.shape[1:3]
-        q = self.q.reshape(b * g, h // g, n, e)
-        k = self.k.reshape(b * g, m, e).transpose(1, 2)
-        w = w.float()[:, None].expand(b, g, n).reshape(b * g, 1, n)
-        bias = None if self.bias is None else self._low(self.bias)[:, None].expand(b, g, m).reshape(b * g, 1, m)
-        rows = min(n, ROWS, max(1, BLOCK // m))
-        heads = min(b * g, max(1, BLOCK // (rows * m)))
-        place = torch.arange(m, device=w.device)
-        # One block of memory for all: the system takes as long to give out a fresh one as the sums take.
-        block, sums = torch.empty(heads * rows * m, device=w.device), torch.zeros(b * g, 1, m, device=w.device)
-        for some in (slice(start, start + heads) for start in range(0, b * g, heads)):
-            keys = k[some].float()
-            for part in (slice(start, min(n, start + rows)) for start in range(0, n, rows)):
-                size = (len(keys), part.stop - part.start, m)
-                logits = block[: size[0] * size[1] * m].view(size)
-                for head in range(h // g):
-                    queries = q[some, head, part].float()
-                    torch.baddbmm(logits, queries, keys, beta=0, alpha=self.scale, out=logits)
-                    if bias is not None:
-                        logits += bias[some]
-                    if self.causal:
-                        logits.masked_fill_(place > place[part, None], float("-inf"))
-                    sums[some] += w[some, :, part] @ torch.softmax(logits, -1, out=logits)
-        return sums.view(b, g, m).sum(1)
 
     @staticmethod
     def _low(bias: Tensor) -> Tensor:

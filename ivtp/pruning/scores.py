@@ -147,8 +147,7 @@ def reference_weight(tokens: Tokens) -> Float[Tensor, "b n"]:
 
 def reference_row(attention: Attention, tokens: Tokens) -> Float[Tensor, "b m"]:
     """The row of the attention map that judges: one reference token's, or the mean of several."""
-    count = tokens.reference.sum(1)
-    if bool((count == 1).all()):
+    if tokens.facts.lone:
         return attention.rows(tokens.reference.int().argmax(1, keepdim=True))[:, 0]
     return attention.propagate(reference_weight(tokens))
 

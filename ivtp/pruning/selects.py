@@ -31,9 +31,8 @@ def bipartite(scores: Tensor | None, metric: Float[Tensor, "b v e"], keep: int, 
     alternates over that order).
     """
     b, v, _ = metric.shape
-    # The published alternation counts the class token as number 0.
-    prefix = int(tokens.visual[0].int().argmax()) if bool(tokens.reference[0, 0]) else 0
-    lead = prefix % 2
+    prefix = tokens.facts.lead
+    lead = prefix % 2  # the published alternation counts the class token as number 0
     merges = v - keep
     if merges > v // 2:
         raise ValueError(

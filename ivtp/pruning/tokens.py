@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +27,30 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is asked of a batch's masks at every layer, as plain numbers: each time it is asked a GPU, all wait.
+
+    visual  visual tokens per sample, padding included
+    padded  False: no token is padding
+    lone    True: every sample has exactly one reference token
+    lead    tokens before the first visual one where the first of all refers (class token, registers), else 0
+    """
+
+    visual: int
+    padded: bool = False
+    lone: bool = True
+    lead: int = 0
+
+    @classmethod
+    def of(cls, valid: Bool[Tensor, "b n"], visual: Bool[Tensor, "b n"], reference: Bool[Tensor, "b n"]) -> Facts:
+        """As found in the masks, at the price of waiting once."""
+        lead = visual[0].int().argmax() * reference[0, 0]
+        lone = (reference.sum(1) == 1).all()
+        count, padded, one, before = torch.stack([visual[0].sum(), ~valid.all(), lone, lead]).tolist()
+        return cls(count, bool(padded), bool(one), before)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """A batch of sequences on their way through a stack of layers.
 
@@ -41,6 +66,7 @@ class Tokens:
     relevance  cosine of each visual token with the instruction, for methods that ask for it; for an oracle, 1 on what
                the question is about, else 0
     state      `x` after the model's last norm, there during a cut of a method that asks for it
+    facts      what is known of `valid`, `visual` and `reference`; who replaces one of these gives None, and it is found
     """
 
     x: Float[Tensor, "b n d"]
@@ -53,6 +79,11 @@ class Tokens:
     feature: Float[Tensor, "b n c"] | None = None
     relevance: Float[Tensor, "b n"] | None = None
     state: Float[Tensor, "b n d"] | None = None
+    facts: Facts | None = None
+
+    def __post_init__(self) -> None:
+        if self.facts is None:
+            object.__setattr__(self, "facts", Facts.of(self.valid, self.visual, self.reference))
 
     @classmethod
     def of(
@@ -64,6 +95,7 @@ class Tokens:
         position: Tensor | None = None,
         valid: Tensor | None = None,
         sample: Tensor | None = None,
+        facts: Facts | None = None,
     ) -> Tokens:
         """A fresh, unpruned sequence: every token stands for itself, at its own index."""
         b, n, _ = x.shape
@@ -74,17 +106,17 @@ class Tokens:
         if sample is None:
             sample = torch.zeros(b, dtype=torch.long, device=x.device)
         size = torch.ones(b, n, device=x.device)
-        return cls(x, position, size, valid, visual.expand(b, n), reference.expand(b, n), sample)
+        return cls(x, position, size, valid, visual.expand(b, n), reference.expand(b, n), sample, facts=facts)
 
     @property
     def visual_count(self) -> int:
         """v: visual tokens per sample, padding included."""
-        return int(self.visual[0].sum())
+        return self.facts.visual
 
     @property
     def visual_index(self) -> Int[Tensor, "b v"]:
         """Where the visual tokens stand, in sequence order."""
-        # A stable sort by "not visual" brings them to the front and needs no synchronisation to learn the shape twice.
+        # A stable sort by "not visual" brings them to the front: how many there are is known, so nothing waits.
         return torch.argsort((~self.visual).byte(), dim=1, stable=True)[:, : self.visual_count]
 
     def of_visual(self, values: Tensor) -> Tensor:
@@ -95,8 +127,7 @@ class Tokens:
         """New hidden states; where a layer lies on another device, all goes there with them."""
         if x.device == self.x.device:
             return replace(self, x=x)
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "x"}
-        return Tokens(x, **{name: None if value is None else value.to(x.device) for name, value in fields.items()})
+        return self._each(lambda value: value.to(x.device), x=x)
 
     def keep(self, selection: Selection, reduce, scores: Tensor | None) -> Tokens:
         """Shorten the sequence to the selected visual tokens; all others stay, in place.
@@ -132,12 +163,34 @@ class Tokens:
             sample=self.sample,
             feature=feature,
             relevance=None if self.relevance is None else take(self.relevance, source),
+            facts=replace(
+                self.facts,
+                visual=selection.index.shape[1],
+                padded=self.facts.padded or selection.valid is not None,
+            ),
         )
 
     def samples(self, index: Int[Tensor, " c"]) -> Tokens:
         """The sequences of the batch at `index`, repeated or reordered."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Tokens(**{name: None if value is None else value[index] for name, value in fields.items()})
+        return self._each(lambda value: value[index])
+
+    @classmethod
+    def together(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Sequences of one length and with as many visual tokens, as one batch."""
+        known = [part.facts for part in parts]
+        facts = replace(known[0], padded=any(facts.padded for facts in known), lone=all(facts.lone for facts in known))
+        fields = {
+            name: None if value is None else torch.cat([getattr(part, name) for part in parts])
+            for name, value in vars(parts[0]).items()
+            if name != "facts"
+        }
+        return cls(**fields, facts=facts)
+
+    def _each(self, change: Callable[[Tensor], Tensor], **given: Tensor) -> Tokens:
+        """Every tensor changed in a way that leaves the facts true, but those that are given."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in given}
+        changed = {name: change(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
+        return Tokens(**given, **changed)
 
     def append(self, x: Float[Tensor, "b d"]) -> Tokens:
         """Add one reference token at the end, as the only one that judges, one position after the last."""
@@ -154,6 +207,7 @@ class Tokens:
             reference=torch.cat([torch.zeros_like(self.reference), one], 1),
             sample=self.sample,
             feature=feature,
+            facts=replace(self.facts, lone=True, lead=0),
         )
 
     def without_last(self) -> Tokens:
@@ -169,6 +223,7 @@ class Tokens:
             reference,
             self.sample,
             None if self.feature is None else self.feature[:, :-1],
+            facts=replace(self.facts, lone=True, lead=0),
         )
 
 

@@ -37,7 +37,7 @@ def test_vision_records_are_what_the_kernel_saw(backbone, proportional):
     size = torch.randint(1, 6, (2, n)).float()
     valid = torch.ones(2, n, dtype=torch.bool)
     valid[1, 7:12] = False
-    tokens = Tokens(**{**vars(tokens), "size": size, "valid": valid})
+    tokens = Tokens(**{**vars(tokens), "size": size, "valid": valid, "facts": None})
     for layer in (1, 4):
         x, attention = stack.attend(layer, tokens, proportional)
         close(x, mixed_in(backbone, model, layer, tokens.x, mixed(attention)))

@@ -16,6 +16,7 @@ from ivtp.benching.models import BOS, IMAGE, SMALL, SMALL_CROPS, build, prompts
 from ivtp.benching.peers import eager_maps, rollout_over_dense, scores_from_maps
 from ivtp.benching.prefill import Case, cache_bytes, entered, executed, measure, rest
 from ivtp.benching.report import ASKED
+from ivtp.benching.throughput import ORDERS, in_batches
 from ivtp.benching.timing import Run, interleave, ratio, summary
 from ivtp.evaluation.speed import flop_counter, peak_bytes
 from ivtp.pruning.cost import cost
@@ -49,6 +50,8 @@ def test_the_bench_prints_one_object_with_the_ratios_it_is_asked_for(capfd):
         assert found["speedup_promised"] > 1
         for bytes_ in found["cache_bytes"].values():
             assert bytes_["found"] == bytes_["closed"]
+    for sizes in record["throughput"]["images_per_second"].values():
+        assert {size: set(orders) for size, orders in sizes.items()} == {size: set(ORDERS) for size in ("1", "3")}
     # The ratios of the suite are those of its last case.
     assert record["scoring_overhead"] == record["cases"][-1]["scoring_overhead"]["median"]
     known = set(record) | {f"rollout_over_dense.{name}" for name in record["rollout_over_dense"]} | {"main_job_seconds"}
@@ -124,6 +127,25 @@ def test_prompts_are_whole_and_nothing_is_padded(case):
     assert (inputs["input_ids"][:, 0] == BOS).all()
     assert ((inputs["input_ids"] == IMAGE).sum(1) == shape.tokens + shape.separators).all()
     assert len(set(asked)) == 3
+
+
+def test_batches_hold_the_same_prompts_in_every_order(case):
+    """Another order that left words out, or images, would be faster for nothing."""
+    held = {}
+    for size, order in ((1, "as they come"), (3, "as they come"), (3, "sorted")):
+        held[size, order] = []
+        for inputs, asked in in_batches(case.model, 5, 29, size, order):
+            mask = inputs["attention_mask"].bool()
+            assert mask[:, -1].all() and mask[mask.sum(1).argmax()].all()
+            assert [row.split()[-1] for row in asked] == [str(int(ids[-1])) for ids in inputs["input_ids"]]
+            held[size, order] += [
+                (ids[real].tolist(), pixels.sum().item())
+                for ids, real, pixels in zip(inputs["input_ids"], mask, inputs["pixel_values"], strict=True)
+            ]
+    first, second, ordered = (sorted(found) for found in held.values())
+    assert first == second == ordered
+    lengths = [len(ids) for ids, _ in held[3, "sorted"]]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
 
 
 def test_what_is_timed_is_the_same_computation(case):

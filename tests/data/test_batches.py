@@ -76,6 +76,25 @@ def test_a_limit_takes_the_first_samples_and_may_be_larger_than_the_data(process
         QuestionData(Scenes("test", 2), collate, 0)
 
 
+def test_sorted_batches_are_alike_and_leave_nothing_out(processor):
+    """Long prompts beside short ones are padded; where images have several sizes, batches of one size need no groups."""
+    ask = ["is there a red circle ?", "read the number", "is there a big red circle or a small blue square ?"]
+    samples = [
+        sample(str(i), ask[i % 3]) | {"image": Image.new("RGB", (96 + 24 * (i % 2), 96)), "patches": torch.zeros(144)}
+        for i in range(11)
+    ]
+    for by_size in (False, True):
+        data = QuestionData(samples, Collate(processor, PROMPT), 3, sort=True, by_size=by_size)
+        batches = [batch.samples for batch in data.test_dataloader()]
+        asked = [one for batch in batches for one in batch]
+        assert sorted(int(one["id"]) for one in asked) == list(range(11))
+        keys = [(by_size and one["image"].size, len(one["question"].split())) for one in asked]
+        assert keys == sorted(keys, reverse=True)
+        assert [one["id"] for one in data.as_they_come(asked)] == [one["id"] for one in samples]
+        data.done = {asked[0]["id"]}
+        assert [one["id"] for batch in data.test_dataloader() for one in batch.samples] == [o["id"] for o in asked[1:]]
+
+
 def several(name: str, images: int, question: str = "read the number") -> dict:
     return {**sample(name, question), "images": [Image.new("RGB", (96, 96))] * images}
 

@@ -189,7 +189,7 @@ def dart_model(case: Case):
 def rated_tokens(p: dict, x, image: int):
     """Tokens of a prompt with its raters, from the input embeddings."""
     tokens = tokens_of(x, p["sys_len"], image, reference=-1)
-    return type(tokens)(**{**tokens.__dict__, "reference": raters(tokens)})
+    return type(tokens)(**{**tokens.__dict__, "reference": raters(tokens), "facts": None})
 
 
 @check("sparsevlm", "score")
@@ -254,7 +254,7 @@ def sparsevlm_forward(case: Case):
         tokens = tokens_of(x, p["sys_len"], count, reference=-1)
         judge = judge[:, -(x.shape[1] - count - p["sys_len"]) :]  # raters are among the words behind the image
         reference = torch.cat([torch.zeros(1, x.shape[1] - judge.shape[1], dtype=torch.bool), judge], 1)
-        tokens = type(tokens)(**{**tokens.__dict__, "reference": reference})
+        tokens = type(tokens)(**{**tokens.__dict__, "reference": reference, "facts": None})
         seen = [recorded(attn)]
         relation = RatersLook()(seen, tokens)
         noise = case.get(f"prune{layer}.density_noise")

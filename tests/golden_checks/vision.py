@@ -206,8 +206,9 @@ def prumerge(case: Case):
         case.excuse("*", "the published ratio pools the batch; only its scores are compared")
         return
     n = p["n_out"]
-    assert selection.valid[:, :n].all(), "fewer tokens than published"
-    assert not selection.valid[:, n:].any(), "more tokens than published"
+    valid = torch.ones_like(selection.index) if selection.valid is None else selection.valid
+    assert valid[:, :n].all(), "fewer tokens than published"
+    assert not valid[:, n:].any(), "more tokens than published"
     kept = selection.index[:, : n - 1]
     case.equal("kept", kept, rows)
     case.equal("top_indices", kept[:, : p["topk"]])

@@ -10,9 +10,10 @@ from reference import dense_importance, dense_map, dense_rollout, dense_value_no
 from torch.utils.flop_counter import FlopCounterMode
 
 from ivtp.evaluation.speed import peak_bytes
-from ivtp.pruning.attention import ROWS, Attention
+from ivtp.pruning.attention import Attention
 from ivtp.pruning.fused import column_sums
 from ivtp.pruning.scores import COMBINES, Chance, Layerwise, Rollout, propagate_flops
+from ivtp.pruning.streamed import ROWS, streamed_sums
 from ivtp.pruning.tokens import Tokens
 
 SIZES = st.fixed_dictionaries(
@@ -143,11 +144,12 @@ def test_fused_kernels_give_the_same_sums(sizes, dtype):
     assert counter.get_total_flops() == b * propagate_flops(n, h, e)
 
 
-def test_the_fused_sums_can_be_compiled():
+@pytest.mark.parametrize("sums", [column_sums, streamed_sums], ids=["fused", "streamed"])
+def test_the_sums_can_be_compiled(sums):
     """Shapes without data, and no argument changed: a captured prefill must not come to grief on a score."""
     attention = case(2, 13, 2, 3, 7, 1, True, True, True, 1, 3)[0][0]
     w, bias = torch.rand(2, 13), attention.bias.clamp_min(-1e3)
-    torch.library.opcheck(column_sums, (attention.q, attention.k, w, bias, attention.scale, True))
+    torch.library.opcheck(sums, (attention.q, attention.k, w, bias, attention.scale, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,66 @@
+"""Weighted column sums of attention maps, a block of the map at a time: on a CPU, and wherever no fused kernel hands out
+its log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+ROWS = 128
+"""Query rows formed at a time."""
+BLOCK = 1 << 19
+"""Entries of the map formed at a time, over heads: what a core's cache holds (2 MiB), whatever n is."""
+SCHEMA = "(Tensor q, Tensor k, Tensor w, Tensor? bias, float scale, bool causal) -> Tensor"
+
+
+@torch.library.custom_op("ivtp::streamed_sums", mutates_args=(), schema=SCHEMA)
+def streamed_sums(
+    q: Float[Tensor, "b h n e"],
+    k: Float[Tensor, "b g m e"],
+    w: Float[Tensor, "b n"],
+    bias: Float[Tensor, "b m"] | None,
+    scale: float,
+    causal: bool,
+) -> Float[Tensor, "b m"]:
+    """`w @ A` summed over heads, float32, for `A = softmax(q kᵀ scale + bias)`, bias finite; every head's block of rows is
+    formed, weighed and forgotten. One operation, so that a compiler does not unroll the blocks."""
+    b, h, n, e = q.shape
+    g, m = k.shape[1:3]
+    q = q.reshape(b * g, h // g, n, e)
+    k = k.reshape(b * g, m, e).transpose(1, 2)
+    w = w.float()[:, None].expand(b, g, n).reshape(b * g, 1, n)
+    if bias is not None:
+        bias = bias[:, None].expand(b, g, m).reshape(b * g, 1, m)
+    rows = min(n, ROWS, max(1, BLOCK // m))
+    heads = min(b * g, max(1, BLOCK // (rows * m)))
+    place = torch.arange(m, device=w.device)
+    # One block of memory for all: the system takes as long to give out a fresh one as the sums take.
+    block, sums = torch.empty(heads * rows * m, device=w.device), torch.zeros(b * g, 1, m, device=w.device)
+    for some in (slice(start, start + heads) for start in range(0, b * g, heads)):
+        keys = k[some].float()
+        for part in (slice(start, min(n, start + rows)) for start in range(0, n, rows)):
+            size = (len(keys), part.stop - part.start, m)
+            logits = block[: size[0] * size[1] * m].view(size)
+            for head in range(h // g):
+                queries = q[some, head, part].float()
+                torch.baddbmm(logits, queries, keys, beta=0, alpha=scale, out=logits)
+                if bias is not None:
+                    logits += bias[some]
+                if causal:
+                    logits.masked_fill_(place > place[part, None], float("-inf"))
+                sums[some] += w[some, :, part] @ torch.softmax(logits, -1, out=logits)
+    return sums.view(b, g, m).sum(1)
+
+
+@streamed_sums.register_fake
+def _(q, k, w, bias, scale, causal):
+    return q.new_empty(w.shape[0], k.shape[2], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.ivtp.streamed_sums)
+def _(q, k, w, *_, **__) -> int:
+    """Every logit, and the weighing of every probability."""
+    b, h, n, e = q
+    return 2 * b * h * n * k[2] * (e + 1)
