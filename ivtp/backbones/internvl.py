@@ -13,8 +13,9 @@ from ivtp.backbones import ModelError
 from ivtp.backbones.decoders import decoder_layers
 from ivtp.backbones.internvl_vit import InternVit
 from ivtp.backbones.llava import counted, pruned
+from ivtp.backbones.pictures import Layout, Picture
 from ivtp.backbones.shared import SharedVision
-from ivtp.backbones.vlm import Layout, Picture, PrunedModel
+from ivtp.backbones.vlm import PrunedModel
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.tokens import Tokens
 

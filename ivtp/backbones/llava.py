@@ -14,9 +14,10 @@ from ivtp.backbones import ModelError, family, replaced
 from ivtp.backbones.clip_vit import ClipVit
 from ivtp.backbones.companions import guide_for, text_sizes
 from ivtp.backbones.decoders import decoder_layers
+from ivtp.backbones.pictures import Layout, Picture
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.siglip_vit import SiglipVit
-from ivtp.backbones.vlm import Layout, Picture, PrunedModel
+from ivtp.backbones.vlm import PrunedModel
 from ivtp.pruning.cost import Shape
 from ivtp.pruning.tokens import Tokens
 

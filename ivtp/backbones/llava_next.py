@@ -12,8 +12,9 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from ivtp.backbones.llava import LlavaFront, pruned
 from ivtp.backbones.llava import shape as llava_shape
+from ivtp.backbones.pictures import Layout, Picture
 from ivtp.backbones.shared import SharedVision
-from ivtp.backbones.vlm import Layout, Picture, PrunedModel
+from ivtp.backbones.vlm import PrunedModel
 from ivtp.pruning.cost import Shape
 
 USUAL = (672, 672)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ivtp.backbones import ModelError
 from ivtp.backbones.decoders import decoder_layers
 from ivtp.backbones.llava import counted, mean_of_real, pruned
+from ivtp.backbones.pictures import Layout, Picture
 from ivtp.backbones.qwen_vit import QwenVit, merged
 from ivtp.backbones.shared import SharedVision
-from ivtp.backbones.vlm import Layout, Picture, PrunedModel
+from ivtp.backbones.vlm import PrunedModel
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.tokens import Tokens
 

@@ -1,30 +1,28 @@
-"""A vision-language model under a plan: pictures, tower, placeholders, decoder; owns the loop, not the layers."""
+"""A vision-language model under a plan: prompts, placeholders, decoder, cache; owns the loop, not the layers."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
-from ivtp.backbones.clip_vit import sample_number
 from ivtp.backbones.language import compiled, prefill
 from ivtp.backbones.llama import Keys, Llama
+from ivtp.backbones.looks import Seen, look, looks_of
+from ivtp.backbones.pictures import Front, Picture
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.trace import Trace, merged, pad_left
-from ivtp.pruning.cost import Shape
 from ivtp.pruning.instruction import pseudo_cls, raters
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.scores import mix
-from ivtp.pruning.tokens import Facts, Selection, Tokens, put, take
-from ivtp.pruning.traverse import Kept, Stack, traverse
+from ivtp.pruning.tokens import Facts, Selection, Tokens, put
+from ivtp.pruning.traverse import Kept, traverse
 
 
 @dataclass
@@ -33,107 +31,6 @@ class PrunedOutput(LlavaModelOutputWithPast):
 
     video_hidden_states: Tensor | None = None
     rope_deltas: Tensor | None = None  # of transformers before 5.23
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image of a batch.
-
-    kind    what images must share to go through the tower side by side (their size)
-    pixels  what the tower reads: crops "c 3 h w", or patches "1 p i"
-    """
-
-    kind: Hashable
-    pixels: Tensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the images of one kind fill their placeholders in a prompt.
-
-    shape  sizes of the model for such an image
-    slots  for every placeholder "s" the number of its visual token (crop after crop), -1: a separator. A visual token
-           without a placeholder (of a crop's padding) does not reach the language model
-    base   the crop that shows the whole image
-    rows   crops, where the language model does not get their visual tokens as they are (`joins`)
-    joins  None, or how the model itself blends the visual tokens "c v d" of a whole, unpruned image into those of `slots`
-    """
-
-    shape: Shape
-    slots: Tensor
-    base: int = 0
-    joins: Callable[[Tensor], Tensor] | None = None
-    rows: int = 0
-
-    @property
-    def crops(self) -> int:
-        return self.rows or self.shape.crops
-
-    # Looked up once for all images: what asks a GPU for a number makes it wait.
-    @cached_property
-    def carrying(self) -> Tensor:
-        """The placeholders with a visual token "r"."""
-        return (self.slots >= 0).nonzero()[:, 0]
-
-    @cached_property
-    def separators(self) -> Tensor:
-        """The placeholders without."""
-        return (self.slots < 0).nonzero()[:, 0]
-
-    @cached_property
-    def slot_of(self) -> Tensor:
-        """For every visual token its placeholder, -1: none."""
-        blank = torch.full((self.shape.tokens,), -1, device=self.slots.device)
-        return blank.scatter(0, self.slots[self.carrying], self.carrying)
-
-
-class Front(Protocol):
-    """What a family of models provides; all else is here.
-
-    separator  embedding of a placeholder that carries no visual token "d", or None
-    """
-
-    separator: Tensor | None
-
-    def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]:
-        """The images of a batch in the order of the prompts."""
-
-    def layout(self, kind: Hashable) -> Layout: ...
-
-    def stack(self, kind: Hashable) -> Stack:
-        """The tower for images of this kind, with `embed(pixels, grid)`."""
-
-    def read(self, tokens: Tokens) -> Tensor:
-        """What the projector reads of what left the tower "c n f"."""
-
-    def project(self, features: Tensor) -> Tensor:
-        """ "c n f" → "c n d" of the language model."""
-
-    def cls(self, stack: Stack, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """What stands for the whole of every crop "c f" where the projector reads, and where CLIP compares (if it does)."""
-
-    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, given: Tensor | None, inputs: dict) -> Tensor:
-        """RoPE positions of a prompt: "b n", or "3 b n"."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the tower made of all images of one kind in a batch; i counts them.
-
-    slot      "i v" placeholder of every visual token that is left, in raster order; features "i v d"; taps: DeepStack's
-    real      "i v" False where a slot is empty or has no placeholder; ragged: False where that is known to be nowhere
-    """
-
-    layout: Layout
-    slot: Tensor
-    features: Tensor
-    size: Tensor
-    real: Tensor
-    sample: Tensor
-    cls: tuple[Tensor, Tensor | None]
-    taps: Tensor | None
-    joint: Callable[[], Tensor]
-    ragged: bool
 
 
 class PrunedModel:
@@ -240,7 +137,7 @@ class PrunedModel:
             )
         pictures = self.front.pictures(input_ids, inputs)
         held = self._share_out(input_ids, pictures)
-        looks, vision = self._look(pictures)
+        looks, vision = look(self.front, self.planner, pictures, self.vision_batch, self.part, self.shared)
         positions = self.front.positions(input_ids, attention_mask, position_ids, inputs)
 
         groups: dict[tuple, list[int]] = {}
@@ -318,84 +215,6 @@ class PrunedModel:
                 "its place in a prompt"
             )
         return held
-
-    def _look(self, pictures: Sequence[Picture]) -> tuple[dict, list[Kept]]:
-        """By kind: the numbers of its pictures, and what the pruned tower made of them; and the cuts of all crops."""
-        looks, cuts, crops = {}, [], []
-        for kind in dict.fromkeys(picture.kind for picture in pictures):
-            numbers = [i for i, picture in enumerate(pictures) if picture.kind == kind]
-            look, found = self._look_at(kind, torch.stack([pictures[i].pixels for i in numbers]))
-            looks[kind] = {number: row for row, number in enumerate(numbers)}, look
-            cuts.append(found)
-            crops += [(i, crop) for i in numbers for crop in range(look.layout.crops)]
-        if len(cuts) < 2:
-            return looks, cuts[0] if cuts else []
-        order = torch.tensor(sorted(range(len(crops)), key=crops.__getitem__), device=pictures[0].pixels.device)
-        sizes = [len(rows) * look.layout.crops for rows, look in looks.values()]
-        return looks, merged([Trace(vision=found) for found in cuts], sizes, order).vision
-
-    def _look_at(self, kind: Hashable, pixels: Tensor) -> tuple[Look, list[Kept]]:
-        layout, stack = self.front.layout(kind), self.front.stack(kind)
-        crops, plan = layout.crops, self.planner.image(layout.shape)
-        if layout.joins is not None and (plan.vision is not None or plan.image is not None):
-            raise ValueError(
-                f"an image of size {kind} is interpolated behind the tower, so that its patches cannot be cut inside it; "
-                "prune such images in the language model only, or make them smaller"
-            )
-        # Beams, and several questions about one image, share its pass through the tower.
-        numbers = sample_number(pixels)
-        first, owner = distinct(numbers)
-
-        def look() -> tuple[Tokens, list[Kept], tuple[Tensor, Tensor | None]]:
-            shown = pixels[first].flatten(0, 1)
-            parts = []
-            for some in shown.split(self.vision_batch or len(shown)):
-                tokens, cuts = traverse(stack, stack.embed(some, plan.image), plan.vision, self.part)
-                parts.append((tokens, cuts, self.front.cls(stack, tokens)))
-            return parts[0] if len(parts) == 1 else one_after_another(parts)
-
-        with self.part("vision"):
-            tokens, cuts, cls = self.shared(plan, numbers[first], look) if self.shared else look()
-            rows = (owner[:, None] * crops + torch.arange(crops, device=owner.device)).flatten()
-            cuts = [replace(cut, position=cut.position[rows], valid=cut.valid[rows]) for cut in cuts]
-            tokens = tokens.samples(rows)
-        with self.part("projector"):
-            features = self.front.project(tokens.of_visual(self.front.read(tokens)))
-            if layout.joins is not None:
-                features = torch.stack([layout.joins(image) for image in features.unflatten(0, (-1, crops))])
-        images, v = len(pixels), features.shape[0] // len(pixels) * features.shape[1]
-        taps = None
-        if layout.joins is not None:
-            slot, ragged = layout.carrying.expand(images, -1), False
-            size, real = torch.ones(slot.shape, device=slot.device), torch.ones_like(slot, dtype=torch.bool)
-            raster = slot.argsort(1)
-        else:
-            number = (
-                tokens.of_visual(tokens.position)
-                + layout.shape.patches * (torch.arange(len(rows), device=rows.device) % crops)[:, None]
-            )
-            slot = layout.slot_of[number].view(images, v)
-            size, real = (tokens.of_visual(t).reshape(images, v) for t in (tokens.size, tokens.valid))
-            # Raster order, whatever order merging left; behind it what the model's packing leaves out.
-            last, room = len(layout.slots), len(layout.carrying)
-            ragged = tokens.facts.padded or room < layout.shape.tokens
-            real = real & (slot >= 0)
-            raster = slot.where(real if v > room else slot >= 0, last).argsort(dim=1, stable=True)[:, :room]
-            slot = slot.where(slot >= 0, last - 1)
-            if layout.shape.taps:
-                taps = take(tokens.of_visual(tokens.feature).view(images, v, -1), raster)
-        slot, size, real = (t.gather(1, raster) for t in (slot, size, real))
-        features = take(features.reshape(images, v, -1), raster)
-
-        def joint() -> Tensor:
-            """Every visual token where CLIP compares "i v c"."""
-            width = layout.shape.vision.width
-            patches = stack.norm(tokens.of_visual(tokens.feature)[:, :, -width:])
-            return take(patches.reshape(images, v, -1), raster)
-
-        cls = tuple(None if part is None else part.unflatten(0, (-1, crops))[owner, layout.base] for part in cls)
-        sample = tokens.sample.view(images, crops)[:, 0]
-        return Look(layout, slot, features, size, real, sample, cls, taps, joint, ragged), cuts
 
     def _read(self, input_ids, valid, padded, positions, rows, held, looks, cache) -> tuple[Tensor, list[Keys], Trace]:
         """The language model over prompts with images of the same kinds: hidden states, real keys per layer, trace."""
@@ -501,104 +320,6 @@ class PrunedModel:
         with self.part("text_encoder"):
             fit = self.guide.fit(input_ids, valid, seen.joint(), (rows, batch))
         return torch.zeros_like(tokens.size).scatter(1, tokens.visual_index, fit.to(tokens.size.dtype))
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What prompts with images of the same kinds show the language model, their images side by side.
-
-    looks     of every image of a prompt: its look, and its row in it for every prompt
-    places    a prompt's image tokens
-    carrying  "r" which of them carry a visual one; separators: which do not
-    rank      "b v" which of those each surviving visual token is
-    ragged    False: all of `real` is True
-    """
-
-    looks: list[tuple[Look, Tensor]]
-    places: int = 0
-    carrying: Tensor | None = None
-    separators: Tensor | None = None
-    rank: Tensor | None = None
-    features: Tensor | None = None
-    size: Tensor | None = None
-    real: Tensor | None = None
-    sample: Tensor | None = None
-    cls: tuple[Tensor, Tensor | None] | None = None
-    taps: Tensor | None = None
-    ragged: bool = False
-
-    @classmethod
-    def of(cls, prompts: list[list[tuple[Look, int]]]) -> Seen:
-        looks = []
-        for images in zip(*prompts, strict=True):
-            look = images[0][0]
-            looks.append((look, torch.tensor([row for _, row in images], device=look.slot.device)))
-        if not looks:
-            return cls([])
-
-        def side_by_side(name: str) -> Tensor | None:
-            found = [getattr(look, name) for look, _ in looks]
-            return None if found[0] is None else torch.cat([t[i] for t, (_, i) in zip(found, looks, strict=True)], 1)
-
-        ranks, carrying, separators, before, carried = [], [], [], 0, 0
-        for look, rows in looks:
-            layout = look.layout
-            rank = ((layout.slots >= 0).long().cumsum(0) - 1).clamp_min(0)
-            ranks.append(rank[look.slot[rows]] + carried)
-            carrying.append(layout.carrying + before)
-            separators.append(layout.separators + before)
-            before, carried = before + len(layout.slots), carried + len(layout.carrying)
-        sample = looks[0][0].sample[looks[0][1]]
-        for look, rows in looks[1:]:
-            sample = mix(sample) + look.sample[rows]
-        wholes = [[None if part is None else part[rows] for part in look.cls] for look, rows in looks]
-        # Several images: what stands for the whole is the mean of what stands for each.
-        whole = [None if parts[0] is None else torch.stack(parts).mean(0) for parts in zip(*wholes, strict=True)]
-        if len(looks) == 1:
-            whole = wholes[0]
-        return cls(
-            looks,
-            before,
-            torch.cat(carrying),
-            torch.cat(separators),
-            torch.cat(ranks, 1),
-            side_by_side("features"),
-            side_by_side("size"),
-            side_by_side("real"),
-            sample,
-            (whole[0], whole[1]),
-            side_by_side("taps"),
-            any(look.ragged for look, _ in looks),
-        )
-
-    def joint(self) -> Tensor:
-        return torch.cat([look.joint()[rows] for look, rows in self.looks], 1)
-
-
-def looks_of(looks: dict, number: int) -> tuple[Look, int]:
-    """The look that picture `number` is in, and its row there."""
-    return next((look, rows[number]) for rows, look in looks.values() if number in rows)
-
-
-def one_after_another(parts: list[tuple[Tokens, list[Kept], tuple[Tensor, Tensor | None]]]) -> tuple:
-    """What the tower made of a batch in parts, as if it had been one."""
-    tokens, cuts, wholes = zip(*parts, strict=True)
-    cuts = [
-        replace(
-            same[0], position=torch.cat([cut.position for cut in same]), valid=torch.cat([cut.valid for cut in same])
-        )
-        for same in zip(*cuts, strict=True)
-    ]
-    whole = tuple(None if kind[0] is None else torch.cat(kind) for kind in zip(*wholes, strict=True))
-    return Tokens.together(tokens), cuts, whole
-
-
-def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The first place of each different entry, in order, and for every entry which of those it equals."""
-    same = numbers[:, None] == numbers[None]
-    first = same.int().argmax(1)
-    places = first.unique()
-    return places, torch.searchsorted(places, first)
 
 
 def join(cache, caches: list, keys: list[list[Keys]], order: Tensor) -> list[Keys]:
