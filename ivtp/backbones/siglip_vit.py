@@ -23,8 +23,7 @@ def shape(model) -> Shape:
     """Sizes of a SigLIP vision tower, of a whole SigLIP, or of the config of either, its pooling head included."""
     sizes = clip_vit.shape(model, prefix=0)
     config = getattr(model, "config", model)
-    # A config that says nothing of it, as those of transformers 5.17, has a head, as in the model's own code.
-    headed = getattr(getattr(config, "vision_config", config), "vision_use_head", True)
+    headed = getattr(getattr(config, "vision_config", config), "vision_use_head", True)  # not said by older versions
     return replace(sizes, pool=replace(sizes.vision, depth=1)) if headed else sizes
 
 
