@@ -23,6 +23,8 @@ class UnitAttention(Attention):
     prefix: int = 0
 
     def rows(self, index: Tensor) -> Tensor:
+        if bool((index < self.prefix).all()):
+            return self._fold(super().rows(index))
         b, a = index.shape
         first = torch.where(index < self.prefix, index, self.prefix + (index - self.prefix) * self.unit)
         step = torch.arange(self.unit, device=index.device)

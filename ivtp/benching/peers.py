@@ -60,19 +60,20 @@ def scores_from_maps(maps: list[Tensor], pruner: Pruner, reference: int) -> list
     return rows
 
 
-def beside(case: Case, rounds: int) -> dict:
+def beside(case: Case, rounds: int, warmup: int = 1) -> dict:
     """Time, peak memory and cache of the prefill: the model's own, with maps handed out and read, with kvpress down to
     IVTP's cache (where it is installed), and under IVTP."""
     runs = case.runs()
     compared = {"sdpa": runs["unpruned"], "eager, scores from maps": maps_read(case), "ivtp": runs["ivtp"]}
     if find_spec("kvpress"):
         compared["kvpress SnapKV"] = pressed(case)
-    seconds = interleave(compared, rounds, case.model.device)
+    seconds = interleave(compared, rounds, case.model.device, warmup)
     memory, cache = {}, {}
     for name, run in compared.items():
         with entered(run) as call:
-            memory[name] = peak_bytes(call, case.model.device)
-            cache[name] = held(call())
+            made: list = []
+            memory[name] = peak_bytes(lambda call=call, made=made: made.append(call()), case.model.device)
+            cache[name] = held(made[0])
     return {
         "seconds": {name: summary(values) for name, values in seconds.items()},
         "over_sdpa": {name: ratio(values, seconds["sdpa"]) for name, values in seconds.items()},

@@ -189,7 +189,7 @@ def held(output) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
 
 
-def decoding(case: Case, rounds: int, steps: int) -> dict:
+def decoding(case: Case, rounds: int, steps: int, warmup: int = 1) -> dict:
     """Seconds per generated token behind the prefill, and the ratios that pruning and our loop make of them."""
     inputs, asked = prompts(case.model, case.batch, case.text)
 
@@ -203,7 +203,7 @@ def decoding(case: Case, rounds: int, steps: int) -> dict:
     for name, plan in {"unpruned": None, **case.plans}.items():
         if name != "random":
             runs |= {(name, count): Run(answer(count), under(plan)) for count in (1, steps)}
-    seconds = interleave(runs, rounds, case.model.device)
+    seconds = interleave(runs, rounds, case.model.device, warmup)
     token = {
         name: [(long - short) / (steps - 1) for long, short in zip(seconds[name, steps], seconds[name, 1], strict=True)]
         for name, count in runs

@@ -54,7 +54,7 @@ class Suite:
 
 SUITES = {
     "cpu": Suite(
-        (Cases(models.CPU, 64),), Cases(models.BASE, 21, batches=(1, 8, 32)), rounds=5, steps=16, main_job=True
+        (Cases(models.CPU, 64),), Cases(models.BASE, 21, batches=(1, 8, 32)), rounds=3, steps=8, main_job=True
     ),
     "gpu": Suite(
         (
@@ -82,6 +82,8 @@ def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambd
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"suite={name} needs a CUDA device, and torch {torch.__version__} finds none; use suite=cpu")
     rounds = rounds or suite.rounds
+    # What is no ratio of the suite's gets fewer rounds; on a CPU nothing but the first prefill has to be warmed up.
+    few, warmup = max(1, rounds // 2), int(suite.device == "cuda")
     about = machine(suite.device) | {"dtype": str(suite.dtype).removeprefix("torch."), "kernel": "sdpa"}
     say("what the machine can do")
     best = limits(suite.device, suite.dtype)
@@ -94,9 +96,9 @@ def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambd
             say(f"{group.size.name}: prefill, batch {case.batch}, {case.text} text tokens")
             cases.append({"model": group.size.name} | measure(case, rounds, best))
         say(f"{group.size.name}: what others do")
-        peers.append({"model": group.size.name} | beside(first, max(2, rounds // 2)))
+        peers.append({"model": group.size.name} | beside(first, few, warmup))
         say(f"{group.size.name}: {suite.steps} generated tokens")
-        decoded.append({"model": group.size.name} | decoding(first, max(2, rounds // 2), suite.steps))
+        decoded.append({"model": group.size.name} | decoding(first, few, suite.steps, warmup))
         del model, first
     say(f"{suite.batches.size.name}: batches")
     model, many = build(suite.batches.size, suite.device, suite.dtype), suite.batches

@@ -21,9 +21,9 @@ def _whole_attention(x, _, __, ___, heads, qkv, ____, out, *_____, **______) -> 
 
 
 def _product(a, b, *_, **__) -> int:
-    """`bmm`, but for an outer product, in which nothing is summed: transformers 5.17 makes the angles of rotary
+    """`bmm`, but for the outer product of two vectors, in which nothing is summed: transformers 5.17 makes the angles of rotary
     positions (frequency × position) by one, and later ones without; no matrix of the model has a part in it."""
-    return 0 if a[2] == 1 else bmm_flop(a, b)
+    return 0 if a[2] == 1 and min(a[1], b[2]) > 1 else bmm_flop(a, b)
 
 
 # Kernels for CPUs that torch's counter does not know; the first one it does from 2.15 on.

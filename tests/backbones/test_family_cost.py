@@ -21,7 +21,7 @@ def compared(kind: str, name: str, **settings) -> tuple[dict, dict]:
     assert image == shape.tokens + shape.separators
     text = inputs["input_ids"].shape[1] - image
     closed = cost(shape, plan, text, streamed=True)
-    counted = count(model, plan, inputs, TEXTS[0])
+    counted = count(model, plan, lambda: model(**inputs), TEXTS[0])
     parts = ("vision", "projector", "language", "pruner", "total")
     return {part: getattr(closed, part) for part in parts}, {part: counted[part] for part in parts}
 
