@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import replace
 
 import torch
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 from ivtp.backbones import ModelError
 from ivtp.backbones.decoders import decoder_layers
 from ivtp.backbones.internvl_vit import InternVit
-from ivtp.backbones.llava import counted, pruned
+from ivtp.backbones.llava import counted, pruned_by
 from ivtp.backbones.pictures import Layout, Picture
-from ivtp.backbones.shared import SharedVision
-from ivtp.backbones.vlm import PrunedModel
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.tokens import Tokens
 
@@ -27,6 +24,7 @@ class InternFront:
     """
 
     separator = None
+    renumbers = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.core, self.config = model, model.model, model.config
@@ -114,15 +112,4 @@ def shape(model, image: tuple[int, int] | None = None) -> Shape:
     )
 
 
-@contextmanager
-def prune(
-    model: nn.Module,
-    planner,
-    instruction,
-    read_at: int,
-    part,
-    shared: SharedVision | None = None,
-    truth: Tensor | None = None,
-) -> Iterator[PrunedModel]:
-    with pruned(model, InternFront(model), planner, instruction, read_at, part, shared, truth) as run:
-        yield run
+prune = pruned_by(InternFront)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -14,7 +14,7 @@ from ivtp.backbones import ModelError, family, replaced
 from ivtp.backbones.clip_vit import ClipVit
 from ivtp.backbones.companions import guide_for, text_sizes
 from ivtp.backbones.decoders import decoder_layers
-from ivtp.backbones.pictures import Layout, Picture
+from ivtp.backbones.pictures import Front, Layout, Picture
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.siglip_vit import SiglipVit
 from ivtp.backbones.vlm import PrunedModel
@@ -55,6 +55,8 @@ class LlavaFront:
 
     Where the tower has no class token, the mean of what is left of the patches stands for the whole.
     """
+
+    renumbers = True
 
     def __init__(self, model: nn.Module, images: Images) -> None:
         self.core, self.config, self.images = model.model, model.config, images
@@ -132,6 +134,10 @@ def shape(model) -> Shape:
 def pruned(model: nn.Module, front, planner, instruction, read_at, part, shared, truth) -> Iterator[PrunedModel]:
     """A model whose own forward is replaced by the pruned one for as long as the context lasts."""
     outline = planner.outline
+    if outline.position_ids == "renumber" and not front.renumbers:
+        raise ValueError(
+            "position_ids='renumber' would take the rows and columns out of M-RoPE; use position_ids='keep' with this model"
+        )
     guide = guide_for(model, outline.reads_clip or outline.reads_relevance) if outline.needs_guide else None
     if guide is not None:
         guide.instructions = [instruction] if isinstance(instruction, str) else instruction
@@ -142,15 +148,23 @@ def pruned(model: nn.Module, front, planner, instruction, read_at, part, shared,
         yield run
 
 
-@contextmanager
-def prune(
-    model: nn.Module,
-    planner,
-    instruction,
-    read_at: int,
-    part,
-    shared: SharedVision | None = None,
-    truth: Tensor | None = None,
-) -> Iterator[PrunedModel]:
-    with pruned(model, LlavaFront(model, OneCrop(model)), planner, instruction, read_at, part, shared, truth) as run:
-        yield run
+def pruned_by(front: Callable[[nn.Module], Front]) -> Callable:
+    """The context manager `prune` of a family, from what makes its front."""
+
+    @contextmanager
+    def prune(
+        model: nn.Module,
+        planner,
+        instruction,
+        read_at: int,
+        part,
+        shared: SharedVision | None = None,
+        truth: Tensor | None = None,
+    ) -> Iterator[PrunedModel]:
+        with pruned(model, front(model), planner, instruction, read_at, part, shared, truth) as run:
+            yield run
+
+    return prune
+
+
+prune = pruned_by(lambda model: LlavaFront(model, OneCrop(model)))

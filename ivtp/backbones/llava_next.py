@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from ivtp.backbones.llava import LlavaFront, pruned
+from ivtp.backbones.llava import LlavaFront, pruned_by
 from ivtp.backbones.llava import shape as llava_shape
 from ivtp.backbones.pictures import Layout, Picture
-from ivtp.backbones.shared import SharedVision
-from ivtp.backbones.vlm import PrunedModel
 from ivtp.pruning.cost import Shape
 
 USUAL = (672, 672)
@@ -102,15 +99,4 @@ def shape(model, image: tuple[int, int] | None = None) -> Shape:
     return replace(one, crops=rows * columns + 1, by_image=True, separators=rows * one.grid[0])
 
 
-@contextmanager
-def prune(
-    model: nn.Module,
-    planner,
-    instruction,
-    read_at: int,
-    part,
-    shared: SharedVision | None = None,
-    truth: Tensor | None = None,
-) -> Iterator[PrunedModel]:
-    with pruned(model, LlavaFront(model, Crops(model)), planner, instruction, read_at, part, shared, truth) as run:
-        yield run
+prune = pruned_by(lambda model: LlavaFront(model, Crops(model)))

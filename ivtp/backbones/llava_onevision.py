@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ivtp.backbones.llava import LlavaFront, pruned
+from ivtp.backbones.llava import LlavaFront, pruned_by
 from ivtp.backbones.llava_next import Crops, shape
-from ivtp.backbones.shared import SharedVision
-from ivtp.backbones.vlm import PrunedModel
 
 __all__ = ["prune", "shape"]
 
@@ -30,16 +25,4 @@ class BlendedCrops(Crops):
         )[0][0]
 
 
-@contextmanager
-def prune(
-    model: nn.Module,
-    planner,
-    instruction,
-    read_at: int,
-    part,
-    shared: SharedVision | None = None,
-    truth: Tensor | None = None,
-) -> Iterator[PrunedModel]:
-    front = LlavaFront(model, BlendedCrops(model))
-    with pruned(model, front, planner, instruction, read_at, part, shared, truth) as run:
-        yield run
+prune = pruned_by(lambda model: LlavaFront(model, BlendedCrops(model)))

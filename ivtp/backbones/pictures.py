@@ -71,9 +71,11 @@ class Front(Protocol):
     """What a family of models provides; all else is here.
 
     separator  embedding of a placeholder that carries no visual token "d", or None
+    renumbers  False where positions cannot close up over what is cut (M-RoPE)
     """
 
     separator: Tensor | None
+    renumbers: bool
 
     def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]:
         """The images of a batch in the order of the prompts."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
 
 from ivtp.backbones import ModelError
 from ivtp.backbones.decoders import decoder_layers
-from ivtp.backbones.llava import counted, mean_of_real, pruned
+from ivtp.backbones.llava import counted, mean_of_real, pruned_by
 from ivtp.backbones.pictures import Layout, Picture
 from ivtp.backbones.qwen_vit import QwenVit, merged
-from ivtp.backbones.shared import SharedVision
-from ivtp.backbones.vlm import PrunedModel
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.tokens import Tokens
 
@@ -29,6 +26,7 @@ class QwenFront:
     """
 
     separator = None
+    renumbers = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.core = model, model.model
@@ -127,19 +125,4 @@ def shape(model, image: tuple[int, int] | None = None) -> Shape:
     return of_grid(config, (1, height // vision.patch_size, width // vision.patch_size))
 
 
-@contextmanager
-def prune(
-    model: nn.Module,
-    planner,
-    instruction,
-    read_at: int,
-    part,
-    shared: SharedVision | None = None,
-    truth: Tensor | None = None,
-) -> Iterator[PrunedModel]:
-    if planner.outline.position_ids == "renumber":
-        raise ValueError(
-            "position_ids='renumber' would take the rows and columns out of M-RoPE; use position_ids='keep' with this model"
-        )
-    with pruned(model, QwenFront(model), planner, instruction, read_at, part, shared, truth) as run:
-        yield run
+prune = pruned_by(QwenFront)
