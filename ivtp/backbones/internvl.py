@@ -41,6 +41,7 @@ class InternFront:
                 "on as an image token; pruning supports 'default' (patches only)"
             )
         self.of_crop = shape(model)
+        self.made: dict[int, Layout] = {}
 
     def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]:
         pixels = inputs.get("pixel_values")
@@ -55,8 +56,10 @@ class InternFront:
         return [Picture(len(rows), rows) for rows in pixels.split([int(count) for count in crops])]
 
     def layout(self, kind: int) -> Layout:
-        made = replace(self.of_crop, crops=kind, by_image=True)
-        return Layout(made, torch.arange(made.tokens, device=self.model.device), base=kind - 1)
+        if kind not in self.made:
+            made = replace(self.of_crop, crops=kind, by_image=True)
+            self.made[kind] = Layout(made, torch.arange(made.tokens, device=self.model.device), base=kind - 1)
+        return self.made[kind]
 
     def stack(self, kind: Hashable) -> InternVit:
         return InternVit(self.core.vision_tower, self.feature, self.side)

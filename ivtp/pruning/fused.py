@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
+from ivtp.pruning.streamed import SCHEMA, blank, flops
+
 PARTS = {torch.float16: 3, torch.bfloat16: 3}
 """Channels that spell a float32 number in a narrower type, each the rounded rest of those before."""
 NOTHING = -1e3
 """The logarithm of no weight: exp of it is 0 in float32, and float16 can hold it divided by any usual scale."""
-
-
-SCHEMA = "(Tensor q, Tensor k, Tensor w, Tensor? bias, float scale, bool causal) -> Tensor"
 
 
 @torch.library.custom_op("ivtp::column_sums", mutates_args=(), schema=SCHEMA)
@@ -76,13 +75,5 @@ def spelled(value: Float[Tensor, "b h m"], dtype: torch.dtype) -> Float[Tensor, 
     return torch.stack(parts, -1)
 
 
-@column_sums.register_fake
-def _(q, k, w, bias, scale, causal):
-    return q.new_empty(w.shape[0], k.shape[2], dtype=torch.float32)
-
-
-@register_flop_formula(torch.ops.ivtp.column_sums)
-def _(q, k, w, *_, **__) -> int:
-    """What the sums need: every logit once, and the weighing of every probability; as when they are streamed."""
-    b, h, n, e = q
-    return 2 * b * h * n * k[2] * (e + 1)
+column_sums.register_fake(blank)
+register_flop_formula(torch.ops.ivtp.column_sums)(flops)

@@ -54,13 +54,16 @@ def streamed_sums(
     return sums.view(b, g, m).sum(1)
 
 
-@streamed_sums.register_fake
-def _(q, k, w, bias, scale, causal):
+def blank(q, k, w, bias, scale, causal):
+    """What a form of the sums gives out, for a compiler."""
     return q.new_empty(w.shape[0], k.shape[2], dtype=torch.float32)
 
 
-@register_flop_formula(torch.ops.ivtp.streamed_sums)
-def _(q, k, w, *_, **__) -> int:
-    """Every logit, and the weighing of every probability."""
+def flops(q, k, w, *_, **__) -> int:
+    """What the sums need in either form: every logit once, and the weighing of every probability."""
     b, h, n, e = q
     return 2 * b * h * n * k[2] * (e + 1)
+
+
+streamed_sums.register_fake(blank)
+register_flop_formula(torch.ops.ivtp.streamed_sums)(flops)
