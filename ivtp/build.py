@@ -79,6 +79,7 @@ def build_model(config: DictConfig, device: str = "cpu"):
         device_map=c.get("device_map"),
         load_in_4bit=c.get("load_in_4bit", False),
         trust_remote_code=c.get("trust_remote_code", False),
+        pack=config.trainer.pack,
     )
 
 

@@ -42,6 +42,7 @@ NULLABLE = ("trainer.threads", "trainer.vision_batch", "data.limit")
 CHOICES = {
     "trainer.device": ("auto", "cpu", "cuda"),
     "trainer.sort": (False, True),
+    "trainer.pack": (False, True),
     "trainer.compile": (None, "default", "reduce-overhead"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "position_ids": ("keep", "renumber"),
@@ -125,6 +126,11 @@ def check(config: DictConfig) -> None:
     if config.measure and config.trainer.compile:
         raise ConfigError(
             f"trainer.compile={config.trainer.compile}: one graph has no parts, whose times measure=true asks for; leave one out"
+        )
+    if config.trainer.pack and config.trainer.compile:
+        raise ConfigError(
+            f"trainer.compile={config.trainer.compile}: torch.compile cannot read the weights that trainer.pack=true packs; "
+            "leave one out"
         )
     for key in TEXTS:
         value = OmegaConf.select(config, key, default="-")

@@ -120,9 +120,10 @@ class Evaluator:
         part = {"part": watch} if watch else {}
         trainer = self.config.trainer
         if is_encoder(self.config):
-            if trainer.compile or trainer.vision_batch:
+            if trainer.compile or trainer.vision_batch or trainer.pack:
                 raise UserError(
-                    "trainer.compile and trainer.vision_batch are about a tower before a language model; leave them out"
+                    "trainer.compile, trainer.pack and trainer.vision_batch are about a tower before a language model; "
+                    "leave them out"
                 )
             return Classify(self.processor, self.data.source.classes, row.plan, record, self.watch, **part)
         more = {"shared": self.shared, "judge": self.data.judge} | part

@@ -34,6 +34,7 @@ def load_model(
     device_map: str | dict | None = None,
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
+    pack: bool = False,
 ):
     """A frozen model and its processor, ready for `prune`.
 
@@ -44,6 +45,8 @@ def load_model(
     device_map    accelerate's: where each part of the model goes, in place of `device`
     load_in_4bit  weights in 4 bits (NF4) by bitsandbytes; they stay where they are loaded
     trust_remote_code  run code that comes with a checkpoint; never unless asked
+    pack          on a CPU, in float32: lay the weights of linear layers out once as its kernels read them (also of a model
+                  that you give): products of few tokens are then as fast per token as those of many
     Raises ModelError, in one line, for what is missing, truncated, or not stored as safetensors.
     """
     if isinstance(source, nn.Module):
@@ -55,12 +58,15 @@ def load_model(
         more = placed | ({"attn_implementation": attn_implementation} if attn_implementation else {})
         model, found = _from_pretrained(where, dtype, revision, trust_remote_code, more)
         processor = processor or found
+    from ivtp.backbones import packed
     from ivtp.backbones.companions import accompany
 
     model = model.eval().requires_grad_(False)
     if isinstance(source, nn.Module) or not placed:
         model = model.to(device)
-    accompany(model, processor, text_encoder or _clip_inside(where))
+    if pack:
+        packed.pack(model)
+    accompany(model, processor, text_encoder or _clip_inside(where), pack)
     return model, processor
 
 

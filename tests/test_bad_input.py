@@ -83,6 +83,26 @@ def test_a_value_that_cannot_be_used(refused, argument, said):
         assert part in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trainer.pack=true", "model.dtype=bfloat16"], ["pack=true", "bfloat16 on cpu", "leave pack out"]),
+        (
+            ["trainer.pack=true", "model=tiny_clip", "data=digits", "pruner=rollout"],
+            ["trainer.pack", "before a language model"],
+        ),
+        (
+            ["trainer.vision_batch=2", "model=tiny_clip", "data=digits", "pruner=rollout"],
+            ["trainer.vision_batch", "leave them out"],
+        ),
+    ],
+)
+def test_what_makes_other_models_faster(refused, arguments, said):
+    line = refused(*arguments)
+    for part in said:
+        assert part in line
+
+
 def test_in_a_process_of_its_own_too_and_without_a_traceback(tmp_path):
     done = spawn("pruner.tau=high", "debug=limit", "logger=none", f"output={tmp_path}")
     assert done.returncode == 2

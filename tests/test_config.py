@@ -152,6 +152,7 @@ def test_did_you_mean(override, said):
         ("trainer.threads=-1", "trainer.threads=-1 must be"),
         ("trainer.vision_batch=0", "trainer.vision_batch=0 must be a whole number of at least 1, or null"),
         ("trainer.sort=3", "trainer.sort=3 is not one of false, true"),
+        ("trainer.pack=yes please", "trainer.pack=yes please is not one of false, true"),
         ("trainer.compile=fast", "trainer.compile=fast is not one of null, default, reduce-overhead"),
         ("trainer.device=gpu", "trainer.device=gpu is not one of auto, cpu, cuda"),
         ("model.dtype=half", "model.dtype=half is not one of"),
@@ -176,6 +177,12 @@ def test_parts_of_one_graph_cannot_be_timed():
     """Its seconds per part would all be zero."""
     with pytest.raises(ConfigError, match=r"trainer\.compile=default: one graph has no parts"):
         load_config(["trainer.compile=default", "measure=true"])
+
+
+def test_packed_weights_cannot_be_compiled():
+    """torch would say so after minutes, in a hundred lines."""
+    with pytest.raises(ConfigError, match=r"trainer\.compile=default: torch\.compile cannot read the weights"):
+        load_config(["trainer.compile=default", "trainer.pack=true"])
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,11 @@ def test_the_size_of_a_batch_changes_no_outcome(tmp_path, pruner):
     assert found[0] == found[1] == found[2]
 
 
-def test_sorting_changes_no_outcome_and_not_their_order(tmp_path):
+@pytest.mark.parametrize("faster", [["trainer.sort=true", "trainer.vision_batch=2"], ["trainer.pack=true"]], ids=str)
+def test_what_makes_a_run_faster_changes_no_outcome_and_not_their_order(tmp_path, faster):
     """Paired tests, and a run that goes on, read the outcomes in the order of the data."""
     found = []
-    for name, more in (("plain", []), ("sorted", ["trainer.sort=true", "trainer.vision_batch=2"])):
+    for name, more in (("plain", []), ("faster", faster)):
         rows = "variants=[{label: a, pruner: ivtp}]"
         assert run(rows, "trainer.batch_size=3", *more, output=tmp_path / name) == 0
         (record,) = lines(tmp_path / name / "run" / "results.jsonl")

@@ -10,6 +10,7 @@ from torch import nn
 
 from ivtp.backbones import ModelError, one_line
 from ivtp.backbones.guidance import Guide, TextEncoder, load_text_encoder, text_layers
+from ivtp.backbones.packed import pack
 from ivtp.pruning.cost import Layers
 
 # CLIP ViT-L/14 at 336 pixels is LLaVA-1.5's tower, known by (layers, width, image side); and its text half's sizes.
@@ -19,19 +20,20 @@ CLIP_L_TEXT = {"text": Layers(12, 768, 3072, 12, 12, 64, 2), "text_context": 77,
 
 @dataclass
 class Companion:
-    """`text_encoder` is a source until a plan asks for it, then the loaded encoder."""
+    """`text_encoder` is a source until a plan asks for it, then the loaded encoder; `pack`: its weights, once loaded."""
 
     processor: object
     text_encoder: str | TextEncoder | None
+    pack: bool = False
 
 
 _companions: weakref.WeakKeyDictionary[nn.Module, Companion] = weakref.WeakKeyDictionary()
 
 
-def accompany(model: nn.Module, processor, text_encoder: str | TextEncoder | None) -> None:
+def accompany(model: nn.Module, processor, text_encoder: str | TextEncoder | None, pack: bool = False) -> None:
     """Remember what belongs to `model` for as long as it lives."""
     config = getattr(model, "config", None)
-    _companions[model] = Companion(processor, text_encoder or _known_clip(config))
+    _companions[model] = Companion(processor, text_encoder or _known_clip(config), pack)
 
 
 def _known_clip(config) -> str | None:
@@ -60,6 +62,8 @@ def guide_for(model: nn.Module, reads_clip: bool = True) -> Guide:
     if isinstance(companion.text_encoder, str):
         with one_line(companion.text_encoder):
             companion.text_encoder = load_text_encoder(companion.text_encoder, model.device)
+        if companion.pack:
+            pack(companion.text_encoder.model)
     return Guide(companion.processor.tokenizer, companion.text_encoder, model.config.image_token_id)
 
 

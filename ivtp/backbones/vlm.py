@@ -15,6 +15,7 @@ from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from ivtp.backbones.language import compiled, prefill
 from ivtp.backbones.llama import Keys, Llama
 from ivtp.backbones.looks import Seen, look, looks_of
+from ivtp.backbones.packed import PackedLinear
 from ivtp.backbones.pictures import Front, Picture
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.trace import Trace, merged, pad_left
@@ -76,13 +77,15 @@ class PrunedModel:
         """Run the language model's part of every prefill as one graph of torch.compile, with equal outputs; `how`: its
         mode ("default", "reduce-overhead": CUDA graphs), or its arguments by name.
 
-        Every method, batch size and length of prompt is compiled once. Raises ValueError where parts are timed, and, in
-        the prefill, for a method that cannot be one graph.
+        Every method, batch size and length of prompt is compiled once. Raises ValueError where parts are timed or weights
+        packed, and, in the prefill, for a method that cannot be one graph.
         """
         if self.part is not nullcontext:
             raise ValueError(
                 f"compile={how}: one graph has no parts to be told apart; leave part= out, or do not compile"
             )
+        if any(isinstance(layer, PackedLinear) for layer in self.decoder.modules()):
+            raise ValueError(f"compile={how}: torch.compile cannot read packed weights; load the model without pack")
         self.prefill = compiled(how)
 
     def forward(

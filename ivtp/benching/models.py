@@ -103,10 +103,12 @@ class Processor:
     tokenizer: object
 
 
-def build(size: Size, device: torch.device | str, dtype: torch.dtype, kernel: str = "sdpa") -> nn.Module:
-    """The model with random weights and, as its companions, a tokenizer of whole words and a CLIP text encoder."""
+def build(size: Size, device: torch.device | str, dtype: torch.dtype, kernel: str = "sdpa", pack: bool = False):
+    """The model with random weights and, as its companions, a tokenizer of whole words and a CLIP text encoder; `pack`:
+    their weights."""
     from transformers import AutoModelForImageTextToText, CLIPTextConfig, CLIPTextModelWithProjection
 
+    from ivtp.backbones import packed
     from ivtp.backbones.guidance import TransformersText
     from ivtp.models import load_model
 
@@ -119,7 +121,8 @@ def build(size: Size, device: torch.device | str, dtype: torch.dtype, kernel: st
     model.generation_config.eos_token_id = None  # nothing ends early
     model.generation_config.pad_token_id = PAD
     words = tokenizer(size.text["vocab_size"])
-    return load_model(model, Processor(words), TransformersText(text, words, projection), device=str(device))[0]
+    encoder = TransformersText(packed.pack(text) if pack else text, words, projection)
+    return load_model(model, Processor(words), encoder, device=str(device), pack=pack)[0]
 
 
 def tokenizer(vocabulary: int):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ivtp.benching.models import prompts
 from ivtp.benching.prefill import Case, cache_bytes, entered, held
-from ivtp.benching.timing import Run, interleave, ratio, summary
+from ivtp.benching.timing import Run, can_empty_heap, empty_heap, interleave, ratio, summary
 from ivtp.evaluation.speed import peak_bytes
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.pruner import Pruner
@@ -120,7 +120,12 @@ def pressed(case: Case) -> Run:
 def rollout_over_dense(
     device, dtype, rounds: int, n: int = 577, heads: int = 16, width: int = 64, layers: int = 3
 ) -> dict:
-    """A group's rollout row from q and k, against dense maps and their product: how many times faster and smaller."""
+    """A group's rollout row from q and k, against dense maps and their product: how many times faster and smaller.
+
+    products    the products q kᵀ alone that no exact score can do without: all but the last layer's, of which one row counts
+    empty_heap  the same where all must ask the system for the memory they use, as between a model's other layers; empty on
+                a GPU, and where the C library cannot be told to give memory back
+    """
     g = torch.Generator().manual_seed(0)
 
     def drawn() -> Tensor:
@@ -136,17 +141,33 @@ def rollout_over_dense(
         row = dense_rollout(maps)[:, 0, 1:]
         return row / row.sum(1, keepdim=True)
 
-    runs = {"dense": Run(dense), "ivtp": Run(lambda: score(seen, tokens))}
-    seconds = interleave(runs, max(rounds, 7), device, warmup=3)
+    room = torch.empty(heads, n, n, device=device, dtype=dtype)
+
+    def products() -> None:
+        for a in seen[:-1]:
+            torch.bmm(a.q[0], a.k[0].transpose(1, 2), out=room)
+
+    calls = {"dense": dense, "ivtp": lambda: score(seen, tokens), "products": products}
+    runs = {name: Run(call) for name, call in calls.items()}
+    seconds = interleave(runs, max(rounds, 9), device, warmup=9)
+    emptied = {}
+    if torch.device(device).type == "cpu" and can_empty_heap():
+        emptied = interleave({name: Run(call, empty_heap) for name, call in calls.items()}, max(rounds, 9), device)
     with torch.inference_mode():
         error = (runs["ivtp"].call() - dense()).abs().max() / dense().max()
-        memory = {name: peak_bytes(run.call, device) for name, run in runs.items()}
+        memory = {name: peak_bytes(runs[name].call, device) for name in ("dense", "ivtp")}
     return {
         "n": n,
         "heads": heads,
         "layers": layers,
         "seconds": {name: summary(values) for name, values in seconds.items()},
         "time": ratio(seconds["dense"], seconds["ivtp"]),
+        "time_of_products": ratio(seconds["dense"], seconds["products"]),
+        "empty_heap": emptied
+        and {
+            "seconds": {name: summary(values) for name, values in emptied.items()},
+            "time": ratio(emptied["dense"], emptied["ivtp"]),
+        },
         "peak_bytes": memory,
         "memory": memory["dense"] / memory["ivtp"],
         "difference": float(error),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import profile
+from transformers import StoppingCriteria
 
 from ivtp.benching.models import prompts
 from ivtp.benching.timing import Run, interleave, ratio, summary
@@ -21,6 +26,9 @@ from ivtp.pruning.pruner import Plan, Pruner
 
 PARTS = ("vision", "projector", "text_encoder", "language", "score", "pruner")
 """Of these "pruner" is selecting and reducing alone; what is in none is the model's own: embeddings, LM head."""
+
+OPERATORS = 12
+"""How many operators a record names."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,10 @@ def measure(case: Case, rounds: int, limits: dict[str, float]) -> dict:
         "parts": parts,
         "roofline": roofs,
         "rest": rest(parts, flops, median(seconds["ivtp"])),
+        "operators": {
+            name: operators(run, device) for name, run in case.runs().items() if name in ("unpruned", "ivtp")
+        },
+        "product_flops": product_flops(case),
         "peak_bytes": {name: _peak(run, device) for name, run in case.runs().items() if name in ("unpruned", "ivtp")},
         "cache_bytes": {name: cache_bytes(case, name) for name in ("none", "ivtp")},
     }
@@ -162,6 +174,35 @@ def rest(parts: dict[str, dict[str, float]], flops: dict[str, dict[str, int]], w
     return {part: seconds / whole for part, seconds in lost.items()}
 
 
+def operators(run: Run, device: torch.device) -> dict[str, float]:
+    """Seconds per operator (on a GPU: of its kernels), the longest first, without those that it calls."""
+    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    own = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    with entered(run) as call, profile() as seen:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    found = {event.key: getattr(event, own) / 1e6 for event in seen.key_averages() if event.device_type == kind}
+    return dict(sorted(found.items(), key=lambda item: -item[1])[:OPERATORS])
+
+
+@torch.inference_mode()
+def product_flops(case: Case) -> dict[str, float]:
+    """FLOPs per second of one projection of the decoder's FFN, as it runs on so many rows: those of the unpruned prefill,
+    and those of the layers behind the last cut. All layers take their turn, so that no weight is in a cache."""
+    shape = shape_of(case.model)
+    linears = [layer.mlp.up_proj for layer in case.model.model.language_model.layers]
+    left = cost(shape, case.plans["ivtp"], case.text).tokens[-1]
+    found = {}
+    for tokens in (shape.tokens, left):
+        rows = case.batch * (tokens + case.text + shape.separators)
+        x = torch.randn(rows, linears[0].in_features, device=case.model.device, dtype=case.model.dtype)
+        seconds = interleave({"all": Run(lambda x=x: [linear(x) for linear in linears])}, 3, case.model.device)["all"]
+        flops = 2 * rows * sum(linear.in_features * linear.out_features for linear in linears)
+        found[str(rows)] = flops / median(seconds)
+    return found
+
+
 @contextmanager
 def entered(run: Run) -> Iterator:
     with torch.inference_mode(), run.inside():
@@ -189,30 +230,47 @@ def held(output) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
 
 
+class Ticks(StoppingCriteria):
+    """When each token of an answer was there; it never stops the answer."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait, self.times = wait, [time.perf_counter()]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        self.wait()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def decoding(case: Case, rounds: int, steps: int, warmup: int = 1) -> dict:
-    """Seconds per generated token behind the prefill, and the ratios that pruning and our loop make of them."""
+    """Seconds to the first token of an answer, per token behind it (the median of an answer's) and to the last, and the
+    ratios that pruning and our loop make of the tokens behind the first."""
     inputs, asked = prompts(case.model, case.batch, case.text)
+    wait = torch.cuda.synchronize if case.model.device.type == "cuda" else lambda: None
+    ticks = defaultdict(list)
 
-    def answer(count: int):
-        return lambda: case.model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    def answer(name: str):
+        def call() -> None:
+            clock = Ticks(wait)
+            length = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}
+            case.model.generate(**inputs, **length, stopping_criteria=[clock])
+            ticks[name].append(clock.times)
 
-    def under(plan: Plan | None) -> AbstractContextManager:
-        return (lambda: prune(case.model, plan, instruction=asked)) if plan else (lambda: torch.inference_mode())
+        return call
 
-    runs = {}
-    for name, plan in {"unpruned": None, **case.plans}.items():
-        if name != "random":
-            runs |= {(name, count): Run(answer(count), under(plan)) for count in (1, steps)}
-    seconds = interleave(runs, rounds, case.model.device, warmup)
-    token = {
-        name: [(long - short) / (steps - 1) for long, short in zip(seconds[name, steps], seconds[name, 1], strict=True)]
-        for name, count in runs
-        if count == 1
-    }
-    whole = {f"{name}, {count} tokens": summary(values) for (name, count), values in seconds.items()}
+    def under(plan: Plan | None) -> Callable[[], AbstractContextManager]:
+        return (lambda: prune(case.model, plan, instruction=asked)) if plan else torch.inference_mode
+
+    plans = {"unpruned": None} | {name: plan for name, plan in case.plans.items() if name != "random"}
+    interleave(
+        {name: Run(answer(name), under(plan)) for name, plan in plans.items()}, rounds, case.model.device, warmup
+    )
+    kept = {name: times[warmup:] for name, times in ticks.items()}
+    token = {name: [median(b - a for a, b in pairwise(row[1:])) for row in rows] for name, rows in kept.items()}
     return {
         "steps": steps,
-        "answer": whole,
+        "first": {name: summary([row[1] - row[0] for row in rows]) for name, rows in kept.items()},
+        "answer": {name: summary([row[-1] - row[0] for row in rows]) for name, rows in kept.items()},
         "token": {name: summary(values) for name, values in token.items()},
         "loop_overhead": ratio(token["none"], token["unpruned"]),
         "speedup": ratio(token["unpruned"], token["ivtp"]),

@@ -25,8 +25,8 @@ def tables(record: dict) -> list[Table]:
     """What was asked, then for each case the prefill, its parts and where the rest went, then decoding and peers."""
     made = [_asked(record)]
     for case in record["cases"]:
-        made += [_prefill(case), _parts(case)]
-    return [*made, _decoding(record), _throughput(record["throughput"]), _peers(record)]
+        made += [_prefill(case), _parts(case), _operators(case)]
+    return [*made, _decoding(record), _throughput(record["throughput"]), _peers(record), _rollout(record["rollout"])]
 
 
 def _asked(record: dict) -> Table:
@@ -48,14 +48,23 @@ def _interval(value: dict, scale: float = 1.0) -> str:
     return f"{scale * value['median']:.4g} [{scale * low:.4g}, {scale * high:.4g}]"
 
 
+def _model(found: dict) -> str:
+    return found["model"] + (", weights packed" if found["packed"] else "")
+
+
+def _case(found: dict) -> str:
+    return f"{_model(found)}, batch {found['batch']}, {found['text']} text tokens"
+
+
 def _prefill(case: dict) -> Table:
-    title = f"{case['model']}, batch {case['batch']}, {case['text']} text tokens: prefill"
+    title = f"{_case(case)}: prefill"
     rows = [[name, _interval(value, 1e3)] for name, value in case["seconds"].items()]
     rows += [
         ["speed-up", _interval(case["speedup"])],
         ["promised by FLOPs", f"{case['speedup_promised']:.4g}"],
         ["roofline", f"{case['speedup_of_roofline']:.4g}"],
     ]
+    rows += [[f"GFLOP/s of an FFN projection, {n} rows", f"{v / 1e9:.0f}"] for n, v in case["product_flops"].items()]
     rows += [[f"peak MB, {name}", f"{value / 1e6:.1f}"] for name, value in case["peak_bytes"].items()]
     rows += [
         [f"KV cache MB, {name}", f"{v['found'] / 1e6:.2f} (closed form {v['closed'] / 1e6:.2f})"]
@@ -81,16 +90,25 @@ def _parts(case: dict) -> Table:
             ]
         )
     heads = ["", "unpruned ms", "pruned ms", "FLOPs left", "roofline ms", "beyond FLOPs, of the whole"]
-    return f"{case['model']}, batch {case['batch']}, {case['text']} text tokens: where the time goes", heads, rows
+    return f"{_case(case)}: where the time goes", heads, rows
+
+
+def _operators(case: dict) -> Table:
+    unpruned, ivtp = case["operators"]["unpruned"], case["operators"]["ivtp"]
+    rows = [
+        [name, *(f"{1e3 * found[name]:.4g}" if name in found else "" for found in (unpruned, ivtp))]
+        for name in dict.fromkeys([*unpruned, *ivtp])
+    ]
+    return f"{_case(case)}: the longest operators, profiled once", ["", "unpruned ms", "pruned ms"], rows
 
 
 def _decoding(record: dict) -> Table:
     rows = [
-        [found["model"], name, _interval(value, 1e3), ""]
+        [_model(found), name, _interval(value, 1e3), ""]
         for found in record["decoding"]
         for name, value in found["token"].items()
     ]
-    rows += [[f["model"], "speed-up", _interval(f["speedup"]), f"{f['steps']} tokens"] for f in record["decoding"]]
+    rows += [[_model(f), "speed-up", _interval(f["speedup"]), f"{f['steps']} tokens"] for f in record["decoding"]]
     return "A generated token", ["", "", "ms; median [95 %]", ""], rows
 
 
@@ -100,14 +118,14 @@ def _throughput(found: dict) -> Table:
         for name, sizes in found["images_per_second"].items()
         for size, orders in sizes.items()
     ]
-    title = f"{found['model']}: images per second, {found['images']} prompts of up to {found['text']} text tokens"
+    title = f"{_model(found)}: images per second, {found['images']} prompts of up to {found['text']} text tokens"
     return title, ["", "", "of one length", "of several, as they come", "of several, sorted"], rows
 
 
 def _peers(record: dict) -> Table:
     rows = [
         [
-            found["model"],
+            _model(found),
             name,
             _interval(value, 1e3),
             _interval(found["over_sdpa"][name]),
@@ -118,3 +136,15 @@ def _peers(record: dict) -> Table:
         for name, value in found["seconds"].items()
     ]
     return "Prefill as others do it", ["", "", "ms", "over SDPA", "peak MB", "KV cache MB"], rows
+
+
+def _rollout(found: dict) -> Table:
+    """Beside dense maps and the streamed score its bound: the products alone that no exact score can do without."""
+    states = {"": found} | ({"heap emptied before": found["empty_heap"]} if found["empty_heap"] else {})
+    rows = [
+        [name, state, _interval(value, 1e3), f"{run['seconds']['dense']['median'] / value['median']:.3g}"]
+        for state, run in states.items()
+        for name, value in run["seconds"].items()
+    ]
+    title = f"A group's rollout: {found['n']} tokens, {found['heads']} heads, {found['layers']} layers"
+    return title, ["", "", "ms; median [95 %]", "times faster than dense"], rows

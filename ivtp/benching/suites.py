@@ -26,12 +26,14 @@ MAIN_JOB = ("experiment=ablation_groupsize", "logger=none")
 
 @dataclass(frozen=True)
 class Cases:
-    """Prompts of `texts` words in batches of `batches`, on a model of this size, pruned to `keep` visual tokens."""
+    """Prompts of `texts` words in batches of `batches`, on a model of this size, its weights packed or not, pruned to `keep`
+    visual tokens."""
 
     size: Size
     keep: int
     texts: tuple[int, ...] = (64,)
     batches: tuple[int, ...] = (1,)
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Suite:
     """The last of all cases is the one whose ratios are the suite's.
 
     batches   throughput of so many prompts at once, of the longest text of these cases
-    steps     generated tokens, measured on the first case of every model
+    steps     generated tokens; like what others do, on the first of the last cases of every size
     main_job  also time the embedded main job
     """
 
@@ -54,7 +56,11 @@ class Suite:
 
 SUITES = {
     "cpu": Suite(
-        (Cases(models.CPU, 64),), Cases(models.BASE, 21, batches=(1, 8, 32)), rounds=3, steps=8, main_job=True
+        (Cases(models.CPU, 64), Cases(models.CPU, 64, packed=True)),
+        Cases(models.BASE, 21, batches=(1, 8, 32), packed=True),
+        rounds=3,
+        steps=8,
+        main_job=True,
     ),
     "gpu": Suite(
         (
@@ -68,7 +74,11 @@ SUITES = {
         dtype=torch.bfloat16,
     ),
     "tiny": Suite(
-        (Cases(models.SMALL, 9, texts=(11,)), Cases(models.SMALL_CROPS, 45, texts=(11, 31), batches=(2,))),
+        (
+            Cases(models.SMALL, 9, texts=(11,)),
+            Cases(models.SMALL, 9, texts=(11,), packed=True),
+            Cases(models.SMALL_CROPS, 45, texts=(11, 31), batches=(2,)),
+        ),
         Cases(models.SMALL, 9, texts=(31,), batches=(1, 3)),
         rounds=3,
         steps=3,
@@ -88,22 +98,26 @@ def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambd
     say("what the machine can do")
     best = limits(suite.device, suite.dtype)
     cases, decoded, peers = [], [], []
+    last = {group.size.name: group for group in suite.cases}
     for group in suite.cases:
-        say(f"{group.size.name}: random weights")
-        model = build(group.size, suite.device, suite.dtype)
+        say(f"{group.size.name}: random weights{', packed' * group.packed}")
+        model = build(group.size, suite.device, suite.dtype, pack=group.packed)
+        about_model = {"model": group.size.name, "packed": group.packed}
         first = Case(model, group.batches[0], group.texts[0], group.keep)
         for case in (Case(model, batch, text, group.keep) for text in group.texts for batch in group.batches):
             say(f"{group.size.name}: prefill, batch {case.batch}, {case.text} text tokens")
-            cases.append({"model": group.size.name} | measure(case, rounds, best))
-        say(f"{group.size.name}: what others do")
-        peers.append({"model": group.size.name} | beside(first, few, warmup))
-        say(f"{group.size.name}: {suite.steps} generated tokens")
-        decoded.append({"model": group.size.name} | decoding(first, few, suite.steps, warmup))
-        del model, first
+            cases.append(about_model | measure(case, rounds, best))
+        if group is last[group.size.name]:
+            say(f"{group.size.name}: what others do")
+            peers.append(about_model | beside(first, few, warmup))
+            say(f"{group.size.name}: {suite.steps} generated tokens")
+            decoded.append(about_model | decoding(first, few, suite.steps, warmup))
+        del model, first, case
     say(f"{suite.batches.size.name}: batches")
-    model, many = build(suite.batches.size, suite.device, suite.dtype), suite.batches
-    batched = {"model": many.size.name} | throughput(
-        model, many.keep, max(many.texts), many.batches, max(1, rounds // 5)
+    many = suite.batches
+    model = build(many.size, suite.device, suite.dtype, pack=many.packed)
+    batched = {"model": many.size.name, "packed": many.packed} | throughput(
+        model, many.keep, max(many.texts), many.batches, max(1, rounds // 5), warmup
     )
     del model
     say("a group's rollout")

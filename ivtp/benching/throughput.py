@@ -18,7 +18,7 @@ from ivtp.pruning.pruner import Plan
 ORDERS = ("even", "as they come", "sorted")
 
 
-def throughput(model: nn.Module, keep: int, text: int, batches: Sequence[int], rounds: int) -> dict:
+def throughput(model: nn.Module, keep: int, text: int, batches: Sequence[int], rounds: int, warmup: int) -> dict:
     """Images per second, median over the rounds, unpruned and under IVTP, of as many prompts as the largest batch holds.
 
     even  prompts of `text` words; nothing is padded. The others: of a quarter of that to all of it, padded to the longest
@@ -32,7 +32,7 @@ def throughput(model: nn.Module, keep: int, text: int, batches: Sequence[int], r
             made = list(in_batches(model, count, text, size, order))
             runs["unpruned", size, order] = Run(every(model, made, None), torch.inference_mode)
             runs["ivtp", size, order] = Run(every(model, made, plan), torch.inference_mode)
-    seconds = interleave(runs, rounds, model.device)
+    seconds = interleave(runs, rounds, model.device, warmup)
     found: dict = {}
     for (name, size, order), values in seconds.items():
         found.setdefault(name, {}).setdefault(str(size), {})[order] = count / median(values)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 
 import torch
+
+from ivtp.backbones.packed import AVAILABLE, fits, pack
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,17 @@ def interleave(
                 if number >= 0:
                     seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def can_empty_heap() -> bool:
+    return hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+@contextmanager
+def empty_heap() -> Iterator[None]:
+    """For a run that is to find no memory that an earlier one has left: what is free goes back to the system (glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    yield
 
 
 def summary(values: list[float]) -> dict[str, float | list[float]]:
@@ -89,9 +103,14 @@ def _cpu() -> str:
 
 
 def limits(device: torch.device | str, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine can do at best, as found by a large product and a large copy: FLOPs and bytes per second."""
+    """What the machine can do at best, as found by a large product (also packed) and a large copy: FLOPs and bytes per second."""
     n, words = (8192, 1 << 28) if torch.device(device).type == "cuda" else (2048, 1 << 26)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x, y = (torch.zeros(words, device=device) for _ in range(2))
-    seconds = interleave({"product": Run(lambda: a @ b), "copy": Run(lambda: y.copy_(x))}, 5, device)
-    return {"flops": 2 * n**3 / min(seconds["product"]), "bytes": 2 * 4 * words / min(seconds["copy"])}
+    runs = {"product": Run(lambda: a @ b), "copy": Run(lambda: y.copy_(x))}
+    if AVAILABLE and fits(b):
+        linear = pack(torch.nn.Linear(n, n, bias=False))
+        runs["packed"] = Run(lambda: linear(a))
+    seconds = interleave(runs, 5, device)
+    fastest = min(min(seconds[name]) for name in runs if name != "copy")
+    return {"flops": 2 * n**3 / fastest, "bytes": 2 * 4 * words / min(seconds["copy"])}

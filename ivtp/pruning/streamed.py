@@ -3,12 +3,14 @@ its log-sum-exp."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-ROWS = 128
+ROWS = 256
 """Query rows formed at a time."""
 BLOCK = 1 << 19
 """Entries of the map formed at a time, over heads: what a core's cache holds (2 MiB), whatever n is."""
@@ -33,8 +35,8 @@ def streamed_sums(
     w = w.float()[:, None].expand(b, g, n).reshape(b * g, 1, n)
     if bias is not None:
         bias = bias[:, None].expand(b, g, m).reshape(b * g, 1, m)
-    rows = min(n, ROWS, max(1, BLOCK // m))
-    heads = min(b * g, max(1, BLOCK // (rows * m)))
+    rows = even(n, min(ROWS, BLOCK // m))
+    heads = even(b * g, BLOCK // (rows * m))
     place = torch.arange(m, device=w.device)
     # One block of memory for all: the system takes as long to give out a fresh one as the sums take.
     block, sums = torch.empty(heads * rows * m, device=w.device), torch.zeros(b * g, 1, m, device=w.device)
@@ -52,6 +54,11 @@ def streamed_sums(
                     logits.masked_fill_(place > place[part, None], float("-inf"))
                 sums[some] += w[some, :, part] @ torch.softmax(logits, -1, out=logits)
     return sums.view(b, g, m).sum(1)
+
+
+def even(whole: int, most: int) -> int:
+    """The size of the fewest parts of at most `most`, all but equal: a small one at the end costs as much as a whole one."""
+    return math.ceil(whole / math.ceil(whole / max(1, most)))
 
 
 def blank(q, k, w, bias, scale, causal):

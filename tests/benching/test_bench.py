@@ -14,7 +14,7 @@ import ivtp
 from ivtp.bench import main
 from ivtp.benching.models import BOS, IMAGE, SMALL, SMALL_CROPS, build, prompts
 from ivtp.benching.peers import eager_maps, rollout_over_dense, scores_from_maps
-from ivtp.benching.prefill import Case, cache_bytes, entered, executed, measure, rest
+from ivtp.benching.prefill import Case, Ticks, cache_bytes, entered, executed, measure, rest
 from ivtp.benching.report import ASKED
 from ivtp.benching.throughput import ORDERS, in_batches
 from ivtp.benching.timing import Run, interleave, ratio, summary
@@ -40,18 +40,29 @@ def test_the_bench_prints_one_object_with_the_ratios_it_is_asked_for(capfd):
     assert set(record["rollout_over_dense"]) == {"time", "memory"}
     assert record["rollout"]["difference"] < 1e-5
     assert {"device", "cores", "torch", "transformers", "dtype", "kernel"} <= set(record["machine"])
-    assert [(c["model"], c["text"]) for c in record["cases"]] == [
-        ("tiny", 11),
-        ("tiny, crops", 11),
-        ("tiny, crops", 31),
+    assert [(c["model"], c["packed"], c["text"]) for c in record["cases"]] == [
+        ("tiny", False, 11),
+        ("tiny", True, 11),
+        ("tiny, crops", False, 11),
+        ("tiny, crops", False, 31),
     ]
+    products = {False: "aten::mm", True: "mkldnn::_linear_pointwise"}
     for found in record["cases"]:
         assert set(found["seconds"]) == {"unpruned", "none", "ivtp", "random"}
         assert found["speedup_promised"] > 1
+        assert all(products[found["packed"]] in operators for operators in found["operators"].values())
+        # Rows of the unpruned prefill and of the layers behind the last cut.
+        tokens, newlines = {"tiny": ((25, 9), 0), "tiny, crops": ((125, 45), 10)}[found["model"]]
+        rows = [found["batch"] * (n + newlines + found["text"]) for n in tokens]
+        assert list(found["product_flops"]) == list(map(str, rows))
         for bytes_ in found["cache_bytes"].values():
             assert bytes_["found"] == bytes_["closed"]
     for sizes in record["throughput"]["images_per_second"].values():
         assert {size: set(orders) for size, orders in sizes.items()} == {size: set(ORDERS) for size in ("1", "3")}
+    for found in record["decoding"]:
+        for name, whole in found["answer"].items():
+            first, token = found["first"][name]["median"], found["token"][name]["median"]
+            assert 0 < first < first + token < whole["median"] * 1.001
     # The ratios of the suite are those of its last case.
     assert record["scoring_overhead"] == record["cases"][-1]["scoring_overhead"]["median"]
     known = set(record) | {f"rollout_over_dense.{name}" for name in record["rollout_over_dense"]} | {"main_job_seconds"}
@@ -230,3 +241,14 @@ def test_rollout_from_dense_maps_is_the_same():
     found = rollout_over_dense("cpu", torch.float32, 1, n=67, heads=3, width=8, layers=4)
     assert found["difference"] < 1e-6
     assert found["memory"] > 1
+
+
+def test_every_token_of_an_answer_has_its_time(case):
+    """With the prompt's time among those of the tokens, pruning would seem to make generation faster."""
+    inputs, _ = prompts(case.model, case.batch, case.text)
+    waited: list[int] = []
+    clock = Ticks(lambda: waited.append(len(clock.times)))
+    found = case.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, stopping_criteria=[clock])
+    assert found.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert waited == [1, 2, 3] and len(clock.times) == 4
+    assert clock.times == sorted(clock.times)
