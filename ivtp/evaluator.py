@@ -18,6 +18,7 @@ from ivtp.evaluation.speed import Stopwatch, count
 from ivtp.evaluation.statistics import passing, summary
 from ivtp.progress import progress
 from ivtp.pruning.cost import cost
+from ivtp.registry import UserError
 from ivtp.report.viewer import drawable
 from ivtp.report.wandb_run import log_row
 
@@ -28,7 +29,14 @@ class Evaluator:
     def __init__(self, model, processor, data, config, folder: Path, console, watch=frozenset()) -> None:
         self.model, self.processor, self.data, self.config = model, processor, data, config
         self.folder, self.console, self.watch = folder, console, watch
-
+        trainer = config.trainer
+        if is_encoder(config) and (trainer.compile or trainer.vision_batch or trainer.pack):
+            raise UserError(
+                "trainer.compile, trainer.pack and trainer.vision_batch are about a tower before a language model; "
+                "leave them out"
+            )
+        if config.measure and shape_of(model).by_image:
+            raise UserError("measure=true counts one size of images, but this model reads several; leave it out")
         self.device = next(model.parameters()).device
         self.shared = None
         if config.trainer.share_mib and not config.measure and not is_encoder(config):
@@ -120,11 +128,6 @@ class Evaluator:
         part = {"part": watch} if watch else {}
         trainer = self.config.trainer
         if is_encoder(self.config):
-            if trainer.compile or trainer.vision_batch or trainer.pack:
-                raise UserError(
-                    "trainer.compile, trainer.pack and trainer.vision_batch are about a tower before a language model; "
-                    "leave them out"
-                )
             return Classify(self.processor, self.data.source.classes, row.plan, record, self.watch, **part)
         more = {"shared": self.shared, "judge": self.data.judge} | part
         more |= {"vision_batch": trainer.vision_batch, "compile": trainer.compile}
@@ -150,8 +153,6 @@ class Evaluator:
 
     def count(self, plan) -> dict:
         """FLOPs of one prefill of the first sample: as torch counts the executed ones, and in closed form."""
-        if shape_of(self.model).by_image:
-            raise UserError("measure=true counts one size of images, but this model reads several; leave it out")
         batch = self.data.collate([self.data.data[0]])
         inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
         question, shape, words, read = batch.samples[0]["question"], shape_of(self.model), 0, 0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from families import FAMILIES, TEXTS, family, photo
-from running import by_label, run
+from running import by_label, one_line, run
 
 import ivtp
 from ivtp.backbones import ModelError
@@ -77,6 +77,24 @@ def test_the_command_runs_every_family(kind, tmp_path, capsys):
         share = metrics["tokens_left"]["mean"] / metrics["visual_tokens"]["mean"]
         assert 0.25 < share < 0.5, "of every image's own tokens the share that was asked for stays"
         assert records["unpruned"]["metrics"]["tokens_left"] == records["unpruned"]["metrics"]["visual_tokens"]
+
+
+def test_measuring_images_of_many_sizes_is_refused_before_the_first(tmp_path, capfd):
+    """One closed form cannot be beside the counts of every size; after hours of answers it would be late to say so."""
+    found = run(
+        f"model={CONFIGS['qwen3_vl']}",
+        f"model.source={saved('qwen3_vl', tmp_path / 'model')}",
+        "model.prompt=chat",
+        "model.image=[84,70]",
+        "data=folder",
+        f"data.path={questions(tmp_path / 'data')}",
+        "pruner=rollout",
+        "measure=true",
+        "logger=none",
+        output=tmp_path / "out",
+    )
+    assert found == 2 and "measure=true counts one size of images" in one_line(capfd.readouterr().err)
+    assert not (tmp_path / "out" / "run" / "outcomes").exists()
 
 
 def test_a_budget_counts_an_image_or_each_crop():
