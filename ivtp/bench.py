@@ -3,6 +3,7 @@
 suite   cpu: ViT-L/14-336 with a decoder of 1B, minutes on two cores
         gpu: LLaVA-1.5-7B, and LLaVA-NeXT-7B with 2880 visual tokens, bfloat16, under ten minutes on one GPU
         tiny: seconds; whether the bench itself works
+model   sizes of configs/model/NAME.yaml in place of the suite's own, as in suite=gpu model=llava_1_5_13b
 rounds  of every comparison, alternating (default: the suite's)
 json    true: one JSON object instead of tables
 """
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from ivtp.command import command
 from ivtp.registry import UnknownName, UserError, unknown
 
-KEYS = ("suite", "rounds", "json")
+KEYS = ("suite", "model", "rounds", "json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,13 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(arguments: list[str]) -> None:
-    name, rounds, as_json = _own(arguments)
+    given = _own(arguments)
     from ivtp.benching.suites import run
     from ivtp.build import quiet_libraries
 
     quiet_libraries()
-    record = run(name, rounds, lambda line: print(f"ivtp.bench: {line}", file=sys.stderr))
-    if as_json:
+    rounds = given["rounds"] and int(given["rounds"])
+    record = run(given["suite"], rounds, given["model"], lambda line: print(f"ivtp.bench: {line}", file=sys.stderr))
+    if given["json"].lower() == "true":
         print(json.dumps(record))
         return
     from ivtp.benching.report import tables
@@ -40,8 +42,8 @@ def _print(arguments: list[str]) -> None:
         print(as_text(table))
 
 
-def _own(arguments: Sequence[str]) -> tuple[str, int | None, bool]:
-    given = {"suite": "cpu", "rounds": None, "json": "false"}
+def _own(arguments: Sequence[str]) -> dict[str, str | None]:
+    given = {"suite": "cpu", "model": None, "rounds": None, "json": "false"}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
@@ -55,7 +57,7 @@ def _own(arguments: Sequence[str]) -> tuple[str, int | None, bool]:
         raise UserError(f"rounds={given['rounds']} must be a whole number of at least 1")
     if given["suite"] not in ("cpu", "gpu", "tiny"):
         raise UnknownName(unknown("suite", given["suite"], ["cpu", "gpu", "tiny"]))
-    return given["suite"], given["rounds"] and int(given["rounds"]), given["json"].lower() == "true"
+    return given
 
 
 if __name__ == "__main__":

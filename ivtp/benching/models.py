@@ -5,21 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
+
+from ivtp.config import FOLDER, options
+from ivtp.registry import UnknownName, UserError, unknown
 
 BOS, EOS, PAD, UNK, IMAGE = range(5)
 QUESTION = 20
 """Words of every prompt that guidance reads."""
 
-VIT_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
 CLIP_TEXT = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -35,14 +30,6 @@ LLAMA_1B = {
     "num_key_value_heads": 8,
     "head_dim": 64,
     "vocab_size": 128256,
-}
-VICUNA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32064,
 }
 
 
@@ -74,6 +61,26 @@ class Size:
         )
 
 
+def of_model(name: str) -> Size:
+    """The sizes of `configs/model/NAME.yaml`. Raises UserError for a model that there are no prompts for here."""
+    if name not in options("model"):
+        raise UnknownName(unknown("model", name, options("model")))
+    sizes = OmegaConf.to_container(OmegaConf.load(FOLDER / "model" / f"{name}.yaml")).get("config") or {}
+    kind = sizes.get("model_type")
+    if kind not in ("llava", "llava_next"):
+        raise UserError(
+            f"model={name}: the bench makes prompts for LLaVA and LLaVA-NeXT by their config's sizes; choose one"
+        )
+    vision, text = (
+        {key: value for key, value in sizes[part].items() if key != "model_type"}
+        for part in ("vision_config", "text_config")
+    )
+    return Size(name, vision, text, crops=kind == "llava_next")
+
+
+LLAVA_7B = of_model("llava_1_5_7b")
+LLAVA_NEXT_7B = of_model("llava_next_7b")
+VIT_L = LLAVA_7B.vision
 SMALL = Size(
     "tiny",
     {**VIT_L, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 4, "num_attention_heads": 3}
@@ -94,8 +101,6 @@ BASE = Size(
     | {"projection_dim": 128},
 )
 CPU = Size("ViT-L/14-336 + 1B decoder", VIT_L, LLAMA_1B)
-LLAVA_7B = Size("LLaVA-1.5-7B", VIT_L, VICUNA_7B)
-LLAVA_NEXT_7B = Size("LLaVA-NeXT-7B", VIT_L, VICUNA_7B, crops=True)
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,10 @@ def pressed(case: Case) -> Run:
     later ones (`pip install --no-deps kvpress`) if it is told the positions that those no longer hand on."""
     inputs, _ = prompts(case.model, case.batch, case.text)
     left = [cache_bytes(case, name)["closed"] for name in ("ivtp", "none")]
-    press = import_module("kvpress").SnapKVPress(compression_ratio=1 - left[0] / left[1])
-    place = torch.arange(inputs["input_ids"].shape[1], device=case.model.device)
+    length = inputs["input_ids"].shape[1]
+    window = min(64, length // 2)  # its default, and what a short prompt has room for
+    press = import_module("kvpress").SnapKVPress(compression_ratio=1 - left[0] / left[1], window_size=window)
+    place = torch.arange(length, device=case.model.device)
     return Run(
         lambda: case.model(**inputs, logits_to_keep=1, use_cache=True, cache_position=place), lambda: press(case.model)
     )

@@ -8,16 +8,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ivtp.benching import models
+from ivtp.benching.decoding import decoding
 from ivtp.benching.models import Size, build
 from ivtp.benching.peers import beside, rollout_over_dense
-from ivtp.benching.prefill import Case, decoding, measure
+from ivtp.benching.prefill import Case, measure
 from ivtp.benching.throughput import throughput
 from ivtp.benching.timing import Run, interleave, limits, machine, ratio, summary
+from ivtp.models import shape_of
 from ivtp.registry import UserError
 
 IMPORT = "import ivtp\nfor name in ivtp.__all__: getattr(ivtp, name)"
@@ -86,9 +88,20 @@ SUITES = {
 }
 
 
-def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambda line: None) -> dict:
-    """The suite's record; `say` hears what is being measured."""
-    suite = SUITES[name]
+def with_model(suite: Suite, name: str) -> Suite:
+    """The suite's last cases and its batches on the model of `configs/model/NAME.yaml`, a ninth of whose tokens stays."""
+    size = models.of_model(name)
+    own = {"size": size, "keep": shape_of(size.config()).tokens // 9}
+    return replace(
+        suite, cases=(replace(suite.cases[-1], **own),), batches=replace(suite.batches, **own), main_job=False
+    )
+
+
+def run(
+    name: str, rounds: int | None = None, model: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> dict:
+    """The suite's record, on the sizes of `model` in place of its own; `say` hears what is being measured."""
+    suite = with_model(SUITES[name], model) if model else SUITES[name]
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"suite={name} needs a CUDA device, and torch {torch.__version__} finds none; use suite=cpu")
     rounds = rounds or suite.rounds
@@ -101,10 +114,10 @@ def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambd
     last = {group.size.name: group for group in suite.cases}
     for group in suite.cases:
         say(f"{group.size.name}: random weights{', packed' * group.packed}")
-        model = build(group.size, suite.device, suite.dtype, pack=group.packed)
+        built = build(group.size, suite.device, suite.dtype, pack=group.packed)
         about_model = {"model": group.size.name, "packed": group.packed}
-        first = Case(model, group.batches[0], group.texts[0], group.keep)
-        for case in (Case(model, batch, text, group.keep) for text in group.texts for batch in group.batches):
+        first = Case(built, group.batches[0], group.texts[0], group.keep)
+        for case in (Case(built, batch, text, group.keep) for text in group.texts for batch in group.batches):
             say(f"{group.size.name}: prefill, batch {case.batch}, {case.text} text tokens")
             cases.append(about_model | measure(case, rounds, best))
         if group is last[group.size.name]:
@@ -112,14 +125,14 @@ def run(name: str, rounds: int | None = None, say: Callable[[str], None] = lambd
             peers.append(about_model | beside(first, few, warmup))
             say(f"{group.size.name}: {suite.steps} generated tokens")
             decoded.append(about_model | decoding(first, few, suite.steps, warmup))
-        del model, first, case
+        del built, first, case
     say(f"{suite.batches.size.name}: batches")
     many = suite.batches
-    model = build(many.size, suite.device, suite.dtype, pack=many.packed)
+    built = build(many.size, suite.device, suite.dtype, pack=many.packed)
     batched = {"model": many.size.name, "packed": many.packed} | throughput(
-        model, many.keep, max(many.texts), many.batches, max(1, rounds // 5), warmup
+        built, many.keep, max(many.texts), many.batches, max(1, rounds // 5), warmup
     )
-    del model
+    del built
     say("a group's rollout")
     rollout = rollout_over_dense(suite.device, suite.dtype, rounds)
     say("imports")

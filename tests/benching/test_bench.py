@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from conftest import close
 
 import ivtp
 from ivtp.bench import main
+from ivtp.benching.decoding import Ticks
 from ivtp.benching.models import BOS, IMAGE, SMALL, SMALL_CROPS, build, prompts
-from ivtp.benching.peers import eager_maps, rollout_over_dense, scores_from_maps
-from ivtp.benching.prefill import Case, Ticks, cache_bytes, entered, executed, measure, rest
+from ivtp.benching.peers import eager_maps, pressed, rollout_over_dense, scores_from_maps
+from ivtp.benching.prefill import Case, cache_bytes, entered, executed, held, measure, rest
 from ivtp.benching.report import ASKED
+from ivtp.benching.suites import SUITES, with_model
 from ivtp.benching.throughput import ORDERS, in_batches
 from ivtp.benching.timing import Run, interleave, ratio, summary
+from ivtp.build import build_shape
+from ivtp.config import load_config
 from ivtp.evaluation.speed import flop_counter, peak_bytes
 from ivtp.pruning.cost import cost
 
@@ -77,6 +82,9 @@ def test_the_bench_prints_one_object_with_the_ratios_it_is_asked_for(capfd):
         ("json=yes", "json=yes must be true or false"),
         ("rounds=0", "rounds=0 must be a whole number of at least 1"),
         ("cpu", "'cpu' is not of the form key=value"),
+        ("model=llava_1_5_8b", "Did you mean 'llava_1_5_7b'?"),
+        ("model=qwen2_5_vl_7b", "model=qwen2_5_vl_7b: the bench makes prompts for LLaVA and LLaVA-NeXT"),
+        ("model=tiny", "model=tiny: the bench makes prompts for LLaVA and LLaVA-NeXT"),
     ],
 )
 def test_what_cannot_be_benched_is_said_in_one_line(capsys, argument, said):
@@ -252,3 +260,25 @@ def test_every_token_of_an_answer_has_its_time(case):
     assert found.shape[1] == inputs["input_ids"].shape[1] + 3
     assert waited == [1, 2, 3] and len(clock.times) == 4
     assert clock.times == sorted(clock.times)
+
+
+@pytest.mark.skipif(
+    find_spec("kvpress") is None, reason="kvpress pins an older transformers; experiments/speed says how"
+)
+def test_kvpress_leaves_a_cache_as_large_as_ours(case):
+    """Its row would compare another budget; on prompts shorter than its window it would not run at all."""
+    with entered(pressed(case)) as call:
+        found = held(call())
+    ours = cache_bytes(case, "ivtp")["closed"]
+    assert abs(found - ours) < 0.05 * ours
+
+
+@pytest.mark.parametrize(("name", "keep"), [("llava_1_5_13b", 64), ("llava_next_7b", 320)])
+def test_a_suite_takes_the_sizes_of_a_model_config(name, keep):
+    """Times of a 13B model beside the FLOPs of a 7B one would promise what cannot be."""
+    suite = with_model(SUITES["gpu"], name)
+    (group,) = suite.cases
+    assert group.keep == suite.batches.keep == keep and suite.batches.size is group.size
+    found = ivtp.shape_of(group.size.config())
+    expected = build_shape(load_config([f"model={name}"]))
+    assert (found.vision, found.language, found.tokens) == (expected.vision, expected.language, expected.tokens)
