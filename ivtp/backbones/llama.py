@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.backbones.clip_vit import score_bias
-from ivtp.backbones.transformers_attention import attend, key_mask, peek
+from ivtp.backbones.transformers_attention import CACHE, attend, key_mask, peek
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.tokens import Tokens
 
@@ -71,7 +71,7 @@ class Llama:
             block.input_layernorm(tokens.x),
             attention_mask=key_mask(kernel, valid, n, True, bias, tokens.x.dtype, padded),
             position_embeddings=self._position_embeddings(tokens, valid),
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
         )
         if self.remembers:
             self.memory.append((k, v))

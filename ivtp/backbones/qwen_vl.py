@@ -12,6 +12,7 @@ from ivtp.backbones.decoders import decoder_layers
 from ivtp.backbones.llava import counted, mean_of_real, pruned_by
 from ivtp.backbones.pictures import Layout, Picture
 from ivtp.backbones.qwen_vit import QwenVit, merged
+from ivtp.backbones.transformers_attention import CACHE
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.tokens import Tokens
 
@@ -71,8 +72,8 @@ class QwenFront:
                 video_grid_thw=None,
                 inputs_embeds=None,
                 attention_mask=attention_mask,
-                past_key_values=None,
                 mm_token_type_ids=inputs.get("mm_token_type_ids"),
+                **{CACHE: None},
             )
         if given is None:
             given = counted(input_ids)

@@ -6,13 +6,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from inspect import signature
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 NAME = "ivtp_recording"
+CACHE = "cache" if "cache" in signature(LlamaAttention.forward).parameters else "past_key_values"
+"""What transformers calls the key-value cache: the first from 5.24 on."""
 
 
 # Of the calls under way: the kernel that computes, who is told q, k, v, and the masks of a packed sequence's pieces. Not

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from ivtp.backbones.language import compiled, prefill
 from ivtp.backbones.llama import Keys, Llama
@@ -19,6 +19,7 @@ from ivtp.backbones.packed import PackedLinear
 from ivtp.backbones.pictures import Front, Picture
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.trace import Trace, merged, pad_left
+from ivtp.backbones.transformers_attention import CACHE
 from ivtp.pruning.instruction import pseudo_cls, raters
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.scores import mix
@@ -27,10 +28,18 @@ from ivtp.pruning.traverse import Kept, traverse
 
 
 @dataclass
-class PrunedOutput(LlavaModelOutputWithPast):
-    """What the LM heads of all families ask for."""
+class PrunedOutput(ModelOutput):
+    """What the LM heads of all families ask for; `cache`, `image_outputs` and `video_outputs` from transformers 5.24 on."""
 
+    last_hidden_state: Tensor | None = None
+    past_key_values: DynamicCache | None = None
+    cache: DynamicCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    image_outputs: ModelOutput | None = None
     video_hidden_states: Tensor | None = None
+    video_outputs: ModelOutput | None = None
     rope_deltas: Tensor | None = None  # of transformers before 5.23
 
 
@@ -96,9 +105,11 @@ class PrunedModel:
         past_key_values: DynamicCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: DynamicCache | None = None,
         **inputs,
     ) -> PrunedOutput:
         """The signature of the model's own forward; hidden states come back as short as the pruning left them."""
+        cache = past_key_values if cache is None else cache
         for wish in ("output_attentions", "output_hidden_states"):
             if inputs.get(wish):
                 raise ValueError(
@@ -118,18 +129,18 @@ class PrunedModel:
             raise ValueError("videos cannot be pruned here; give their frames as images")
         if inputs_embeds is not None or input_ids is None:
             raise ValueError("under pruning, give input_ids: the image tokens cannot be found in inputs_embeds")
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            return self._decode(input_ids, position_ids, past_key_values)
+        if cache is not None and cache.get_seq_length() > 0:
+            return self._decode(input_ids, position_ids, cache)
         if use_cache is None:
             use_cache = self.decoder.config.use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.decoder.config)
-        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.decoder.config)
+        if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(
-                f"{type(past_key_values).__name__} has one length for all layers, but pruning leaves a different one in "
+                f"{type(cache).__name__} has one length for all layers, but pruning leaves a different one in "
                 "each; use the default cache_implementation='dynamic'"
             )
-        return self._prefill(input_ids, attention_mask, position_ids, past_key_values, inputs)
+        return self._prefill(input_ids, attention_mask, position_ids, cache, inputs)
 
     def _prefill(self, input_ids, attention_mask, position_ids, cache, inputs) -> PrunedOutput:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -171,8 +182,9 @@ class PrunedModel:
         whole = next(iter(looks.values()))[1].features if len(looks) == 1 else None
         return PrunedOutput(
             last_hidden_state=hidden,
-            past_key_values=cache,
+            **{CACHE: cache},
             image_hidden_states=whole,
+            image_outputs=None if whole is None else BaseModelOutputWithPooling(pooler_output=whole),
             rope_deltas=getattr(self.core, "rope_deltas", None),
         )
 
@@ -189,7 +201,7 @@ class PrunedModel:
         stack = Llama(self.decoder, cache, earlier, renumber=renumber, rope=lambda position: rope)
         tokens, _ = traverse(stack, tokens)
         self._filled[cache] = stack.seen, rope[..., -1:] + 1
-        return PrunedOutput(last_hidden_state=self.decoder.norm(tokens.x), past_key_values=cache)
+        return PrunedOutput(last_hidden_state=self.decoder.norm(tokens.x), **{CACHE: cache})
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         return self.core.get_input_embeddings()(input_ids)

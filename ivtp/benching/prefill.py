@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
+from ivtp.backbones.transformers_attention import CACHE
 from ivtp.benching.models import prompts
 from ivtp.benching.timing import Run, interleave, ratio, summary
 from ivtp.evaluation.speed import Stopwatch, peak_bytes
@@ -229,4 +230,4 @@ def cache_bytes(case: Case, name: str) -> dict[str, int]:
 
 def held(output) -> int:
     """Bytes of the keys and values that a model's output brings along."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in output[CACHE].layers)
