@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from ivtp.backbones.transformers_attention import CACHE
 from ivtp.benching.models import prompts
 from ivtp.benching.prefill import Case, cache_bytes, entered, held
 from ivtp.benching.timing import Run, can_empty_heap, empty_heap, interleave, ratio, summary
@@ -60,12 +61,21 @@ def scores_from_maps(maps: list[Tensor], pruner: Pruner, reference: int) -> list
     return rows
 
 
+def without_kvpress() -> str | None:
+    """Why there is no row of kvpress; None: there is one."""
+    if find_spec("kvpress") is None:
+        return "kvpress is not installed"
+    if CACHE != "past_key_values":
+        return "kvpress reads past_key_values, which transformers calls cache from 5.24 on"
+    return None
+
+
 def beside(case: Case, rounds: int, warmup: int = 1) -> dict:
     """Time, peak memory and cache of the prefill: the model's own, with maps handed out and read, with kvpress down to
-    IVTP's cache (where it is installed), and under IVTP."""
+    IVTP's cache (where it can run), and under IVTP."""
     runs = case.runs()
     compared = {"sdpa": runs["unpruned"], "eager, scores from maps": maps_read(case), "ivtp": runs["ivtp"]}
-    if find_spec("kvpress"):
+    if not without_kvpress():
         compared["kvpress SnapKV"] = pressed(case)
     seconds = interleave(compared, rounds, case.model.device, warmup)
     memory, cache = {}, {}
@@ -107,7 +117,7 @@ def maps_read(case: Case) -> Run:
 
 def pressed(case: Case) -> Run:
     """SnapKV by kvpress, leaving a cache as large as IVTP's. Its package asks for transformers before 5.3 and runs with
-    later ones (`pip install --no-deps kvpress`) if it is told the positions that those no longer hand on."""
+    those before 5.24 (see experiments/speed) if it is told the positions that those no longer hand on."""
     inputs, _ = prompts(case.model, case.batch, case.text)
     left = [cache_bytes(case, name)["closed"] for name in ("ivtp", "none")]
     length = inputs["input_ids"].shape[1]

@@ -15,7 +15,7 @@ import torch
 from ivtp.benching import models
 from ivtp.benching.decoding import decoding
 from ivtp.benching.models import Size, build
-from ivtp.benching.peers import beside, rollout_over_dense
+from ivtp.benching.peers import beside, rollout_over_dense, without_kvpress
 from ivtp.benching.prefill import Case, measure
 from ivtp.benching.throughput import throughput
 from ivtp.benching.timing import Run, interleave, limits, machine, ratio, summary
@@ -121,7 +121,8 @@ def run(
             say(f"{group.size.name}: prefill, batch {case.batch}, {case.text} text tokens")
             cases.append(about_model | measure(case, rounds, best))
         if group is last[group.size.name]:
-            say(f"{group.size.name}: what others do")
+            missing = without_kvpress()
+            say(f"{group.size.name}: what others do{f' ({missing})' if missing else ''}")
             peers.append(about_model | beside(first, few, warmup))
             say(f"{group.size.name}: {suite.steps} generated tokens")
             decoded.append(about_model | decoding(first, few, suite.steps, warmup))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import ivtp
 from ivtp.bench import main
 from ivtp.benching.decoding import Ticks
 from ivtp.benching.models import BOS, IMAGE, SMALL, SMALL_CROPS, build, prompts
-from ivtp.benching.peers import eager_maps, pressed, rollout_over_dense, scores_from_maps
+from ivtp.benching.peers import eager_maps, pressed, rollout_over_dense, scores_from_maps, without_kvpress
 from ivtp.benching.prefill import Case, cache_bytes, entered, executed, held, measure, rest
 from ivtp.benching.report import ASKED
 from ivtp.benching.suites import SUITES, with_model
@@ -262,9 +261,7 @@ def test_every_token_of_an_answer_has_its_time(case):
     assert clock.times == sorted(clock.times)
 
 
-@pytest.mark.skipif(
-    find_spec("kvpress") is None, reason="kvpress pins an older transformers; experiments/speed says how"
-)
+@pytest.mark.skipif(without_kvpress() is not None, reason=str(without_kvpress()))
 def test_kvpress_leaves_a_cache_as_large_as_ours(case):
     """Its row would compare another budget; on prompts shorter than its window it would not run at all."""
     with entered(pressed(case)) as call:
