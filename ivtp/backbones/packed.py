@@ -6,6 +6,8 @@ pruning saves in FLOPs it does not save on the clock. oneDNN, which torch brings
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
@@ -50,10 +52,7 @@ def fits(weight: Tensor) -> bool:
 
 def flops(x, weight, *_, **__) -> int:
     """As of the product that it is."""
-    rows = 1
-    for size in x[:-1]:
-        rows *= size
-    return 2 * rows * weight[0] * weight[1]
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
 
 
 if AVAILABLE:
