@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 from conftest import shake
 
-from hub.server import Files
+from hub.server import Files, Hub
 
 CROPS = [[98, 196], [196, 98], [196, 196], [294, 98], [98, 294]]
 CLIP_TOWER = {
@@ -166,6 +166,8 @@ def token_ids(files: Files) -> dict[str, int]:
     return made["model"]["vocab"] | {token["content"]: token["id"] for token in made["added_tokens"]}
 
 
+YES, NO = ("Yes", "▁Yes"), ("No", "▁No")
+
 # Weights -----------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +175,6 @@ def weights(files: Files, seed: int, names: Sequence[tuple[str, str]] = (), shar
     """Random weights for the config of a repository, in shards with an index.
 
     names  (pattern, replacement): from the names in today's transformers to those of the real checkpoint
-    The few tokens that a benchmark asks for are likely, so that answers are short and differ from image to image.
     """
     from safetensors.torch import save
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -184,10 +185,7 @@ def weights(files: Files, seed: int, names: Sequence[tuple[str, str]] = (), shar
     dtype = config.dtype or config.text_config.dtype
     with torch.random.fork_rng():
         model = shake(AutoModelForImageTextToText.from_config(config, dtype=torch.float32), seed)
-    known = token_ids(files)
-    likely = [known[token] for token in ("Yes", "▁Yes", "No", "▁No", "</s>", "<|im_end|>") if token in known]
-    head = model.get_output_embeddings().weight
-    head[likely] *= 6
+    short_answers(model, token_ids(files))
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     for pattern, replacement in names:
         tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
@@ -199,6 +197,16 @@ def weights(files: Files, seed: int, names: Sequence[tuple[str, str]] = (), shar
         place.update(dict.fromkeys(part, name))
     size = sum(tensor.nbytes for tensor in tensors.values())
     return made | {"model.safetensors.index.json": as_json(metadata={"total_size": size}, weight_map=place)}
+
+
+def short_answers(model, known: dict[str, int]) -> None:
+    """Answer with "Yes" or "No", opposite rows of the head, as the image gives; what follows is the end."""
+    words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    ends, yes, no = [[known[t] for t in tokens if t in known] for tokens in (("</s>", "<|im_end|>"), YES, NO)]
+    likely, end = 60 * head[yes[0]], head[ends[0]].sign()
+    head *= 0.01
+    head[yes], head[no], head[ends] = likely, -likely, 8 * end
+    words[[*yes, *no]] = 50 * end
 
 
 class Bomb:
@@ -416,7 +424,8 @@ def internvl() -> Files:
         "config.json": as_json(
             architectures=["InternVLForConditionalGeneration"], downsample_ratio=0.5, image_seq_length=9,
             image_token_id=token_ids(files)["<IMG_CONTEXT>"], model_type="internvl", projector_hidden_act="gelu",
-            text_config=text, torch_dtype="bfloat16", transformers_version="4.52.0.dev0", vision_config=tower,
+            text_config=text, tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.52.0.dev0",
+            vision_config=tower,
             vision_feature_layer=-1, vision_feature_select_strategy="default",
         ),
         "preprocessor_config.json": as_json(
@@ -430,3 +439,102 @@ def internvl() -> Files:
         "chat_template.jinja": qwen_chat("<IMG_CONTEXT>\n").encode(),
     }  # fmt: skip
     return files | weights(files, 6, OLD_INTERNVL)
+
+
+# CLIP, twice -------------------------------------------------------------------------------------------------------
+
+
+def clip_of_transformers(mark: Path) -> Files:
+    """openai/clip-vit-large-patch14-336: its weights are a pickle, and nothing else."""
+    text = {"hidden_size": 20, "intermediate_size": 31, "model_type": "clip_text_model", "num_attention_heads": 5,
+            "num_hidden_layers": 3, "projection_dim": 13}  # fmt: skip
+    return {
+        "config.json": as_json(
+            architectures=["CLIPModel"], initializer_factor=1.0, logit_scale_init_value=2.6592, model_type="clip",
+            projection_dim=13, text_config=text, torch_dtype="float32", transformers_version=None,
+            vision_config=CLIP_TOWER,
+        ),
+        "preprocessor_config.json": as_json(
+            crop_size=98, do_center_crop=True, do_normalize=True, do_resize=True,
+            feature_extractor_type="CLIPFeatureExtractor", image_mean=MEAN, image_std=STD, resample=3, size=98,
+        ),
+        "pytorch_model.bin": bomb(mark),
+        "tf_model.h5": b"another format",
+    }  # fmt: skip
+
+
+def clip_of_open_clip(mark: Path) -> Files:
+    """timm/vit_large_patch14_clip_336.openai: the same CLIP for open_clip and for timm, as safetensors and as pickles."""
+    from open_clip import CLIP
+    from safetensors.torch import save
+
+    sizes = {
+        "embed_dim": 13,
+        "quick_gelu": True,
+        "text_cfg": {"context_length": 77, "heads": 5, "layers": 3, "vocab_size": 49408, "width": 20},
+        "vision_cfg": {"head_width": 8, "image_size": 98, "layers": 7, "patch_size": 14, "width": 24},
+    }
+    with torch.random.fork_rng():
+        state = shake(CLIP(**sizes), 7).state_dict()
+    scaled = {"mean": MEAN, "std": STD}
+    return {
+        "config.json": as_json(architecture="vit_large_patch14_clip_336", num_classes=0, num_features=24),
+        "model.safetensors": b"of timm",
+        "open_clip_config.json": as_json(model_cfg=sizes, preprocess_cfg=scaled),
+        "open_clip_model.safetensors": save({name: tensor.half().contiguous() for name, tensor in state.items()}),
+        "open_clip_pytorch_model.bin": bomb(mark),
+        "pytorch_model.bin": bomb(mark),
+    }
+
+
+# The whole hub -----------------------------------------------------------------------------------------------------
+
+ORIGINALS = {
+    "liuhaotian/llava-v1.5-7b": ("llava_llama", "LlavaLlamaForCausalLM", "llava-hf/llava-1.5-7b-hf"),
+    "lmms-lab/llava-onevision-qwen2-7b-ov": ("llava", "LlavaQwenForCausalLM", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+    "OpenGVLab/InternVL3-8B": ("internvl_chat", "InternVLChatModel", "OpenGVLab/InternVL3-8B-hf"),
+}
+"""Repositories in their authors' own format: model type, architecture, and the repository in transformers' format."""
+
+
+def original(name: str, mark: Path) -> Files:
+    kind, architecture, _ = ORIGINALS[name]
+    files = {"config.json": as_json(architectures=[architecture], model_type=kind, mm_vision_tower="openai/clip")}
+    if kind == "llava_llama":
+        return files | {"pytorch_model-00001-of-00002.bin": bomb(mark)}
+    return files | {"model-00001-of-00004.safetensors": b"not needed", "modeling_internvl_chat.py": b"raise SystemExit"}
+
+
+def benchmark(name: str) -> Files:
+    """A made-up benchmark in the hub's schema."""
+    import datasets
+    from benchmark_data import write
+
+    datasets.disable_progress_bars()
+    with TemporaryDirectory() as folder:
+        write(name, Path(folder))
+        return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def fill(hub: Hub, mark: Path) -> None:
+    """All that the configs of the language-vision models name, and what goes wrong with others.
+
+    mark  a file that would be there if a pickle had been opened
+    """
+    llava = llava_1_5()
+    hub.add("llava-hf/llava-1.5-7b-hf", llava)
+    hub.add("llava-hf/llava-1.5-13b-hf", llava_1_5(seed=8))
+    hub.add("llava-hf/llava-v1.6-vicuna-7b-hf", llava_next())
+    hub.add("llava-hf/llava-onevision-qwen2-7b-ov-hf", llava_onevision())
+    hub.add("Qwen/Qwen2.5-VL-7B-Instruct", qwen2_5_vl())
+    hub.add("Qwen/Qwen3-VL-8B-Instruct", qwen3_vl())
+    hub.add("OpenGVLab/InternVL3-8B-hf", internvl())
+    hub.add("openai/clip-vit-large-patch14-336", clip_of_transformers(mark))
+    hub.add("timm/vit_large_patch14_clip_336.openai", clip_of_open_clip(mark))
+    for name in ORIGINALS:
+        hub.add(name, original(name, mark))
+    hub.add("someone/moving", llava)
+    hub.add("someone/gated", llava, gated=True)
+    hub.add("someone/slow", llava, rate=4e6)
+    hub.add("someone/pickles", {"config.json": llava["config.json"], "pytorch_model.bin": bomb(mark)})
+    hub.add("lmms-lab-encoder/POPE", benchmark("pope"), "datasets")
