@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ivtp.backbones.image_inputs import limit_crops, padding_of
 from ivtp.data.batches import CHAT, Collate, QuestionData
 from ivtp.encoders import EMBEDDED_ENCODERS
 from ivtp.models import EMBEDDED, load_model, shape_of, source_shape
@@ -80,6 +81,8 @@ def build_model(config: DictConfig, device: str = "cpu"):
         load_in_4bit=c.get("load_in_4bit", False),
         trust_remote_code=c.get("trust_remote_code", False),
         pack=config.trainer.pack,
+        image_padding=c.get("image_padding"),
+        max_crops=c.get("max_crops"),
     )
 
 
@@ -94,9 +97,13 @@ def build_shape(config: DictConfig) -> Shape:
         return build_encoder_shape(config)
     c = config.model
     settings = OmegaConf.to_container(c.get("config") or OmegaConf.create({}))
-    if settings:
-        return shape_of(AutoConfig.for_model(**settings), usual_image(config))
-    return source_shape(c.source, c.text_encoder, c.revision, usual_image(config))
+    crops = c.get("max_crops")
+    if not settings:
+        return source_shape(c.source, c.text_encoder, c.revision, usual_image(config), crops)
+    model = AutoConfig.for_model(**settings)
+    if crops is not None:
+        limit_crops(model, crops)
+    return shape_of(model, usual_image(config))
 
 
 def usual_image(config: DictConfig) -> tuple[int, int] | None:
@@ -196,12 +203,15 @@ def planner_of(row: dict, shape: Shape, settings: dict, keep: int | None) -> Pla
     return Planner(row["pruner"]["name"], shape, settings, None if counts else keep / shape.tokens)
 
 
-def model_identity(config: DictConfig, model) -> dict:
-    """What the results depend on of the model: its source, and a hash of its files or the revision of the hub."""
+def model_identity(config: DictConfig, model, processor) -> dict:
+    """What the results depend on of the model: its source, a hash of its files or the revision of the hub, and how its
+    processor makes images square or limits their crops."""
     source = str(config.model.source)
     folder = Path((EMBEDDED | EMBEDDED_ENCODERS).get(source, source))
     files = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")] if folder.is_dir() else []
     commit = getattr(getattr(model, "config", model), "_commit_hash", None)
     dtype = str(getattr(model, "dtype", None) or next(model.parameters()).dtype).removeprefix("torch.")
     more = {name: config.model[name] for name in ("library", "pretrained", "neighbours") if name in config.model}
+    images = {"image_padding": padding_of(processor.image_processor), "max_crops": config.model.get("max_crops")}
+    more |= {name: value for name, value in images.items() if value is not None and not is_encoder(config)}
     return {"source": source, "hash": fingerprint(files) if files else commit, "dtype": dtype} | more

@@ -37,14 +37,16 @@ WHOLE = {
     "data.max_new_tokens": 1,
     "logger.samples": 0,
     "viewer": 0,
+    "model.max_crops": 1,
 }
-NULLABLE = ("trainer.threads", "trainer.vision_batch", "data.limit")
+NULLABLE = ("trainer.threads", "trainer.vision_batch", "data.limit", "model.max_crops")
 CHOICES = {
     "trainer.device": ("auto", "cpu", "cuda"),
     "trainer.sort": (False, True),
     "trainer.pack": (False, True),
     "trainer.compile": (None, "default", "reduce-overhead"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model.image_padding": (None, "pad", "crop"),
     "position_ids": ("keep", "renumber"),
     "evaluate": (True, False),
     "measure": (True, False),

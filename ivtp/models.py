@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ivtp.backbones import LANGUAGE, ModelError, family, one_line
+from ivtp.backbones.image_inputs import configure, limit_crops, warn_if_cropped
 from ivtp.backbones.shared import SharedVision
 from ivtp.pruners.planner import Fixed, Planner
 from ivtp.pruners.sites import part1_layers
@@ -35,6 +36,8 @@ def load_model(
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
     pack: bool = False,
+    image_padding: str | None = None,
+    max_crops: int | None = None,
 ):
     """A frozen model and its processor, ready for `prune`.
 
@@ -47,6 +50,13 @@ def load_model(
     trust_remote_code  run code that comes with a checkpoint; never unless asked
     pack          on a CPU, in float32: lay the weights of linear layers out once as its kernels read them (also of a model
                   that you give): products of few tokens are then as fast per token as those of many
+    image_padding  how a processor that crops images to a square (CLIPImageProcessor) makes them square: "pad" with its
+                  mean colour, as LLaVA-1.5 was trained and is evaluated, or "crop" at the centre; default: as the checkpoint
+                  has it. A warning says so if a LLaVA checkpoint crops by default.
+    max_crops     the most crops that an image is cut into besides the whole (LLaVA-NeXT, LLaVA-OneVision); default: as the
+                  checkpoint has it. LLaVA-OneVision interpolates the features of images of more than `anyres_max` (9)
+                  crops, which a tower cannot prune: with max_crops=9 there are no such images.
+    Both settings change the processor (and `max_crops` the model's config) in place, also those that you give.
     Raises ModelError, in one line, for what is missing, truncated, or not stored as safetensors.
     """
     if isinstance(source, nn.Module):
@@ -57,6 +67,8 @@ def load_model(
         placed = _placed(device, device_map, load_in_4bit)
         more = placed | ({"attn_implementation": attn_implementation} if attn_implementation else {})
         model, found = _from_pretrained(where, dtype, revision, trust_remote_code, more)
+        if processor is None and image_padding is None and str(source) not in EMBEDDED:
+            warn_if_cropped(where, model, found)
         processor = processor or found
     from ivtp.backbones import packed
     from ivtp.backbones.companions import accompany
@@ -66,7 +78,8 @@ def load_model(
         model = model.to(device)
     if pack:
         packed.pack(model)
-    accompany(model, processor, text_encoder or _clip_inside(where), pack)
+    limit = configure(model, processor, image_padding, max_crops)
+    accompany(model, processor, text_encoder or _clip_inside(where), pack, limit)
     return model, processor
 
 
@@ -147,13 +160,19 @@ def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
 
 
 def source_shape(
-    source: str, text_encoder: str | None = None, revision: str | None = None, image: tuple[int, int] | None = None
+    source: str,
+    text_encoder: str | None = None,
+    revision: str | None = None,
+    image: tuple[int, int] | None = None,
+    max_crops: int | None = None,
 ) -> Shape:
     """The same of a checkpoint, from its configs alone: no weights are read."""
     from ivtp.backbones.companions import text_sizes
 
     where = str(EMBEDDED.get(str(source), source))
     config = _config(where, revision)
+    if max_crops is not None:
+        limit_crops(config, max_crops)
     return replace(shape_of(config, image), **text_sizes(config, text_encoder or _clip_inside(where)))
 
 

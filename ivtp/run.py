@@ -71,10 +71,11 @@ def run(arguments: Sequence[str]) -> Path:
     if not shape.has_cls:
         console.print(f"{config.model.source} has no class token: in its tower the {reference} judges", soft_wrap=True)
     data = build.build_data(config, processor, shape, config.trainer.batch_size)
+    say_crops(model, data.survey.sizes, console)
     text, instruction = prompt_lengths(data.survey, processor) if shape.language else (0, 0)
     planned = build.plan_rows(rows, shape, text, instruction)
     identity = {
-        "model": build.model_identity(config, model),
+        "model": build.model_identity(config, model, processor),
         "data": OmegaConf.to_container(config.data) | data.about | {"hash": data.survey.hash},
         "prompt": build.prompt_of(config),
         "text_encoder": config.model.get("text_encoder"),
@@ -113,8 +114,22 @@ def run(arguments: Sequence[str]) -> Path:
     }
     experiment |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures", "overlap")}
     records.replace(folder / "experiment.json", json.dumps(experiment, ensure_ascii=False).encode())
-    report(folder, current, config.compare_to, data.data, Console(), experiment["question"], experiment)
+    images = processor.image_processor
+    report(folder, current, config.compare_to, data.data, Console(), experiment["question"], experiment, images)
     return folder
+
+
+def say_crops(model, sizes: list, console) -> None:
+    """Print how many images a limit of crops concerns, where it is set; for data whose images are opened later only the
+    records can say it."""
+    from ivtp.backbones.companions import crop_limit_of
+
+    limit, known = crop_limit_of(model), [images for images in sizes if images is not None]
+    if limit is None:
+        return
+    rule = f"max_crops={limit.crops}: images that the checkpoint cuts into more crops are made smaller"
+    counted = f"{sum(map(limit.affected, known))} of the {sum(map(len, known))} images of all questions"
+    console.print(f"{rule}; {counted if known else 'how many is recorded with the results'}", soft_wrap=True)
 
 
 def check_claims(config, rows: list[dict]) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ivtp.backbones import ModelError, one_line
 from ivtp.backbones.guidance import Guide, TextEncoder, load_text_encoder, text_layers
+from ivtp.backbones.image_inputs import CropLimit
 from ivtp.backbones.packed import pack
 from ivtp.pruning.cost import Layers
 
@@ -20,20 +21,34 @@ CLIP_L_TEXT = {"text": Layers(12, 768, 3072, 12, 12, 64, 2), "text_context": 77,
 
 @dataclass
 class Companion:
-    """`text_encoder` is a source until a plan asks for it, then the loaded encoder; `pack`: its weights, once loaded."""
+    """`text_encoder` is a source until a plan asks for it, then the loaded encoder; `pack`: its weights, once loaded;
+    `crop_limit`: the most crops of an image, if that was limited."""
 
     processor: object
     text_encoder: str | TextEncoder | None
     pack: bool = False
+    crop_limit: CropLimit | None = None
 
 
 _companions: weakref.WeakKeyDictionary[nn.Module, Companion] = weakref.WeakKeyDictionary()
 
 
-def accompany(model: nn.Module, processor, text_encoder: str | TextEncoder | None, pack: bool = False) -> None:
+def accompany(
+    model: nn.Module,
+    processor,
+    text_encoder: str | TextEncoder | None,
+    pack: bool = False,
+    crop_limit: CropLimit | None = None,
+) -> None:
     """Remember what belongs to `model` for as long as it lives."""
     config = getattr(model, "config", None)
-    _companions[model] = Companion(processor, text_encoder or _known_clip(config), pack)
+    _companions[model] = Companion(processor, text_encoder or _known_clip(config), pack, crop_limit)
+
+
+def crop_limit_of(model: nn.Module) -> CropLimit | None:
+    """The limit of `load_model(max_crops=…)`, if there is one."""
+    companion = _companions.get(model)
+    return companion.crop_limit if companion else None
 
 
 def _known_clip(config) -> str | None:
