@@ -119,8 +119,7 @@ def test_the_five_lines_of_the_readme_run(first, place):
 
 
 def test_the_first_run_records_which_commits_it_used(first, hub, place):
-    record = results(place / "outputs")[-1]
-    assert record["pruner"]["name"] == "ivtp"
+    record = next(record for record in results(place / "outputs") if record["pruner"]["name"] == "ivtp")
     assert record["model"]["source"] == LLAVA
     assert record["model"]["hash"] == hub[LLAVA].main
     assert hub[CLIP].main in str(record["text_encoder"])
@@ -154,7 +153,7 @@ def test_offline_the_last_line_asks_nothing_and_evaluates_nothing(first, place):
     assert "HF_HUB_OFFLINE=1" in FIRST_RUN[-1]
     assert first["asked"][-1] == []
     assert "questions/s" not in re.sub("┃.*", "", first["done"][-1].stdout)
-    assert len(results(place / "outputs")) == 2
+    assert len(results(place / "outputs")) == 3  # unpruned, ivtp, fastv
 
 
 def test_the_first_download_is_announced(first):
@@ -165,7 +164,7 @@ def test_an_unreachable_hub_is_no_obstacle_with_a_full_cache(first, place):
     before = (place / "outputs" / "run" / "results.jsonl").read_bytes()
     shell = Shell(user(place, CLOSED), place)
     done = fine(shell.run(*shlex.split(FIRST_RUN[2], comments=True)[3:]))
-    assert done.seconds < 60
+    assert "Retrying" not in done.err
     assert (place / "outputs" / "run" / "results.jsonl").read_bytes() == before
     nothing = shell.run("model=llava_1_5_7b", "model.source=someone/else", *QUICK, "output=nothing")
     shell.close()
@@ -222,7 +221,7 @@ def test_a_benchmark_that_moves_is_evaluated_anew(hub, shell, place):
     command = ["model=llava_1_5_7b", "pruner=fastv", *QUICK, "output=benchmark"]
     repository = hub[POPE]
     fine(shell.run(*command))
-    repository.commit(repository.files | {"README.md": b"---\n---\nA note."})
+    repository.commit(repository.files | {"README.md": repository.files["README.md"] + b"A note.\n"})
     fine(shell.run(*command))
     assert len(results(place / "benchmark")) == 4
 
@@ -254,12 +253,12 @@ def test_a_gated_repository_opens_with_a_login(shell):
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )
-def test_what_is_wrong_is_one_line(settings, words, hub, shell, place):
+def test_what_is_wrong_is_one_line(settings, words, hub, shell, place, tmp_path):
     with hub.watched() as asked:
-        done = shell.run("model=llava_1_5_7b", "pruner=ivtp", *QUICK, *settings, "output=wrong")
+        done = shell.run("model=llava_1_5_7b", "pruner=ivtp", *QUICK, *settings, f"output={tmp_path}")
     assert done.status == 2
     said = one_line(done.err[done.err.rindex("ivtp: ") :])
     assert all(word in said for word in words), said
     assert not [name for name in fetched(asked) if name.endswith((".bin", ".h5", ".py"))]
     assert not (place / "a_pickle_was_opened").exists()
-    assert not (place / "wrong" / "run" / "results.jsonl").exists()
+    assert not (tmp_path / "run" / "results.jsonl").exists()  # before any row is evaluated

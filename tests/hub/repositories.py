@@ -506,14 +506,16 @@ def original(name: str, mark: Path) -> Files:
 
 
 def benchmark(name: str) -> Files:
-    """A made-up benchmark in the hub's schema."""
+    """A made-up benchmark in the hub's schema, with a card that says where its split is."""
     import datasets
     from benchmark_data import write
 
     datasets.disable_progress_bars()
     with TemporaryDirectory() as folder:
         write(name, Path(folder))
-        return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+        files = {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: data/test-*\n---\n"
+    return {"README.md": card.encode()} | files
 
 
 def fill(hub: Hub, mark: Path) -> None:

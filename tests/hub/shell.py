@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from io import TextIOBase
+from unittest.mock import patch
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,34 @@ class Shell:
         self.process.wait(timeout=60)
 
 
+class Output(TextIOBase):
+    """Standard output or error, for as long as the process lives: loggers keep the stream that they saw first."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.parts.append(text)
+        return len(text)
+
+    def take(self) -> str:
+        """What was written since the last time."""
+        text, self.parts = "".join(self.parts), []
+        return text
+
+
 def serve() -> None:
     """Read commands, a line each, and answer with what came of them."""
-    from contextlib import redirect_stderr, redirect_stdout
-    from io import StringIO
-    from unittest.mock import patch
-
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers, sys.stdout, sys.stderr = sys.stdout, Output(), Output()
     from ivtp.run import main
 
     for line in sys.stdin:
         arguments, env = json.loads(line)
-        out, err, start = StringIO(), StringIO(), time.monotonic()
-        with patch.dict(os.environ, env), redirect_stdout(out), redirect_stderr(err):
+        start = time.monotonic()
+        with patch.dict(os.environ, env):
             status = main(arguments)
-        done = {"status": status, "out": out.getvalue(), "err": err.getvalue(), "seconds": time.monotonic() - start}
-        print(json.dumps(done), file=answers, flush=True)
+        done = Done(status, sys.stdout.take(), sys.stderr.take(), time.monotonic() - start)
+        print(json.dumps(asdict(done)), file=answers, flush=True)
 
 
 if __name__ == "__main__":
