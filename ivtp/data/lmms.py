@@ -304,7 +304,8 @@ class LmmsTask(Dataset):
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
         try:
-            yield
+            with self.task.loading():  # some load the images of their documents only when they show them
+                yield
         except Exception as error:  # anything: it is the task's own code
             raise DataError(f"task {self.name!r} {what}: {first_line(error)}") from error
 
