@@ -205,7 +205,8 @@ class LmmsTask(Dataset):
             )
             found.append(score)
             if self.macro and score.main:
-                found[-1:] = [replace(score, main=False), macro_average(score, [o["family"] for o in having])]
+                families = [str(self._plain[self.places[outcome["id"]]][self.family]) for outcome in having]
+                found[-1:] = [replace(score, main=False), macro_average(score, families)]
         return found
 
     # What lmms-eval is asked ---------------------------------------------------------------------------------------
