@@ -205,7 +205,8 @@ class LmmsTask(Dataset):
             )
             found.append(score)
             if self.macro and score.main:
-                found[-1:] = [replace(score, main=False), macro_average(score, [o["family"] for o in having])]
+                families = [str(self._plain[self.places[outcome["id"]]][self.family]) for outcome in having]
+                found[-1:] = [replace(score, main=False), macro_average(score, families)]
         return found
 
     # What lmms-eval is asked ---------------------------------------------------------------------------------------
@@ -304,7 +305,8 @@ class LmmsTask(Dataset):
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
         try:
-            yield
+            with self.task.loading():  # some load the images of their documents only when they show them
+                yield
         except Exception as error:  # anything: it is the task's own code
             raise DataError(f"task {self.name!r} {what}: {first_line(error)}") from error
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -48,8 +48,7 @@ def load_task(
         own = config.get("dataset_path")
         if path is not None:
             relocate(config, path)
-        with redirected(config, own, path):
-            return make(name, config, PLAIN if preset == "default" else preset, chat)
+        return make(name, config, PLAIN if preset == "default" else preset, chat, partial(loading, own, path))
 
 
 @cache
@@ -121,9 +120,7 @@ def set_prompt(name: str, config: dict, preset: str, prompt: Mapping) -> None:
 def relocate(config: dict, path: str) -> None:
     """Take the documents from a folder (parquet as on the hub, or what `save_to_disk` wrote) or another hub id."""
     folder, more = Path(path), dict(config.get("dataset_kwargs") or {})
-    if folder.is_dir():
-        more.pop("token", None)
-    elif folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+    if not folder.is_dir() and (folder.is_absolute() or path.startswith(".") or path.count("/") != 1):
         raise DataError(f"data.path={path} does not exist; give a folder with a copy of {config.get('dataset_path')}")
     if (folder / "dataset_dict.json").is_file():
         more["load_from_disk"], config["dataset_path"] = True, path
@@ -133,20 +130,22 @@ def relocate(config: dict, path: str) -> None:
 
 
 @contextmanager
-def redirected(config: dict, own: str | None, path: str | None) -> Iterator[None]:
-    """While a task prepares its documents and loads others for it, its own hub id means the path given for it."""
-    names = getattr(config.get("process_docs"), "__globals__", {})
-    if path is None or "load_dataset" not in names:
-        yield
-        return
-    load = names["load_dataset"]
+def loading(own: str | None, copy: str | None) -> Iterator[None]:
+    """Within, whatever a task's code loads of the hub by `datasets` (its documents, or others that belong to them) needs no
+    login, and its own hub id means the copy given for it.
 
-    def there(asked: str, part: str | None = None, **more):
-        if asked != own:
-            return load(asked, part, **more)
-        return load(*located(path, part), **(more | ({"token": None} if Path(path).is_dir() else {})))
+    Tasks say token=True, which fails for whoever is not logged in, though most data sets are public.
+    """
+    import datasets.load
+    from huggingface_hub import get_token
 
-    with patch.dict(names, load_dataset=there):
+    build = datasets.load.load_dataset_builder
+
+    def anyone(path: str, name: str | None = None, *, token: str | bool | None = None, **more):
+        found = (path, name) if copy is None or path != own else located(copy, name)
+        return build(*found, token=None if token is True and get_token() is None else token, **more)
+
+    with patch.object(datasets.load, "load_dataset_builder", anyone):
         yield
 
 
@@ -161,9 +160,11 @@ def located(path: str, part: str | None) -> tuple[str, str | None]:
     return str(folder / part) if (folder / part).is_dir() else path, None
 
 
-def make(name: str, config: dict, model: str, chat: bool):
-    """The task object; its data set is loaded once, without lmms-eval's five attempts."""
-    from huggingface_hub import get_token
+def make(name: str, config: dict, model: str, chat: bool, loading: Callable[[], AbstractContextManager]):
+    """The task object; its data set is loaded once, without lmms-eval's five attempts.
+
+    loading  the context in which its code may load data sets; the task object has it as `loading`
+    """
     from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 
     base = ConfigurableMessagesTask if chat else ConfigurableTask
@@ -174,12 +175,11 @@ def make(name: str, config: dict, model: str, chat: bool):
         if split not in task.dataset:
             raise DataError(f"it has no split {split!r}, but {', '.join(task.dataset)}")
 
-    once = {"download": download, "process_results": base.process_results.__wrapped__}
-    if (config.get("dataset_kwargs") or {}).get("token") is True and get_token() is None:
-        config["dataset_kwargs"] = {**config["dataset_kwargs"], "token": None}  # most are public
+    once = {"download": download, "process_results": base.process_results.__wrapped__, "loading": staticmethod(loading)}
     where, parts = config.get("dataset_path"), config.get("dataset_name")
     try:
-        return type(base.__name__, (base,), once)(config=config, model_name=model)
+        with loading():
+            return type(base.__name__, (base,), once)(config=config, model_name=model)
     except Exception as error:  # of the network, of the hub, of the schema, of the task's own code
         copy = f"hf download {where} --repo-type dataset --local-dir FOLDER"
         hint = "" if Path(str(where)).exists() else f"; offline, give data.path=FOLDER, a copy made by `{copy}`"
