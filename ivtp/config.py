@@ -102,8 +102,17 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise _readable(error, overrides) from error
+    _forget_sizes(config, overrides)
     check(config)
     return config
+
+
+def _forget_sizes(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Sizes in a model's YAML are those of its own checkpoint: another `model.source` is read for its own."""
+    keys = {override.lstrip("+").partition("=")[0] for override in overrides}
+    for name in ("config", "architecture"):
+        if "model.source" in keys and name in config.model and not any(k.startswith(f"model.{name}") for k in keys):
+            config.model[name] = None
 
 
 def check(config: DictConfig) -> None:
