@@ -58,24 +58,38 @@ def user(place: Path, endpoint: str, **more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": paths, **new, **more}
 
 
-def terminal(line: str, place: Path, endpoint: str) -> subprocess.CompletedProcess:
+def terminal(line: str, place: Path, endpoint: str) -> Done:
     """A line as it stands, in a shell whose `python` is this one."""
     python = place / "bin" / "python"
-    if not python.exists():
-        python.parent.mkdir()
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-        python.chmod(0o755)
+    python.parent.mkdir(exist_ok=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
     env = user(place, endpoint)
     env["PATH"] = f"{python.parent}{os.pathsep}{env['PATH']}"
     given = {"cwd": place, "env": env, "capture_output": True, "text": True, "timeout": 300, "check": False}
-    return subprocess.run(["bash", "-c", line], stdin=subprocess.DEVNULL, **given)
+    done = subprocess.run(["bash", "-c", line], stdin=subprocess.DEVNULL, **given)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
-def shell(hub, place) -> Iterator[Shell]:
-    made = Shell(user(place, hub.endpoint), place)
+def shells(hub, place) -> Iterator[dict[str, Shell]]:
+    """Processes of a user: as it is, with HF_HUB_OFFLINE=1, and where the hub cannot be reached."""
+    offline = user(place, hub.endpoint, HF_HUB_OFFLINE="1")
+    environments = {"online": user(place, hub.endpoint), "offline": offline, "unreachable": user(place, CLOSED)}
+    made = {name: Shell(env, place) for name, env in environments.items()}
     yield made
-    made.close()
+    for shell in made.values():
+        shell.close()
+
+
+@pytest.fixture
+def shell(shells) -> Shell:
+    return shells["online"]
+
+
+def ivtp(line: str) -> list[str]:
+    """The arguments of a line."""
+    return shlex.split(line.partition("ivtp.run ")[2], comments=True)
 
 
 def results(folder: Path) -> list[dict]:
@@ -97,14 +111,19 @@ def fetched(asked: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def first(hub, shell, place) -> dict[str, list]:
-    """The README's lines one after another: what was asked of the hub for each, and how each ended."""
+def first(hub, shells, place) -> dict[str, list]:
+    """The README's lines one after another: what was asked of the hub for each, and how each ended. The one that fetches
+    everything runs in a terminal, the others in processes that are there already."""
     asked, done = [], []
     for number, line in enumerate(FIRST_RUN):
         with hub.watched() as requests:
-            words = shlex.split(line, comments=True)
-            alone = number == 1 or words[0] != "python" or words[2] != "ivtp.run"
-            done.append(terminal(line, place, hub.endpoint) if alone else shell.run(*words[3:]))
+            *assigned, program, dash, module, rest = re.fullmatch(r"(\S+=\S+ )?(python) (-m) (\S+) (.*)", line).groups()
+            assert (program, dash) == ("python", "-m")
+            if number == 1:
+                done.append(terminal(line, place, hub.endpoint))
+            else:
+                where = {None: "online", "HF_HUB_OFFLINE=1 ": "offline"}[assigned[0]]
+                done.append(shells[where].run(*shlex.split(rest, comments=True), module=module))
         asked.append(requests)
     return {"asked": asked, "done": done}
 
@@ -112,9 +131,8 @@ def first(hub, shell, place) -> dict[str, list]:
 def test_the_five_lines_of_the_readme_run(first, place):
     assert len(FIRST_RUN) == 5
     for line, done in zip(FIRST_RUN, first["done"], strict=True):
-        status, err = (done.returncode, done.stderr) if hasattr(done, "returncode") else (done.status, done.err)
-        assert status == 0, f"{line}: {err}"
-        assert "Traceback" not in err
+        assert done.status == 0, f"{line}: {done.err}"
+        assert "Traceback" not in done.out + done.err
     assert (place / "outputs" / "run" / "table.md").is_file()
 
 
@@ -152,25 +170,28 @@ def test_every_file_is_fetched_once(first):
 def test_offline_the_last_line_asks_nothing_and_evaluates_nothing(first, place):
     assert "HF_HUB_OFFLINE=1" in FIRST_RUN[-1]
     assert first["asked"][-1] == []
-    assert "questions/s" not in re.sub("┃.*", "", first["done"][-1].stdout)
+    assert "questions/s" not in re.sub("┃.*", "", first["done"][-1].out)
     assert len(results(place / "outputs")) == 3  # unpruned, ivtp, fastv
 
 
 def test_the_first_download_is_announced(first):
-    assert re.search(rf"fetching {LLAVA} from http://127.0.0.1:\d+: .*MB", first["done"][1].stderr)
+    assert re.search(rf"fetching {LLAVA} from http://127.0.0.1:\d+: .*MB", first["done"][1].err)
 
 
-def test_an_unreachable_hub_is_no_obstacle_with_a_full_cache(first, place):
+def test_an_unreachable_hub_is_no_obstacle_with_a_full_cache(first, shells, place):
     before = (place / "outputs" / "run" / "results.jsonl").read_bytes()
-    shell = Shell(user(place, CLOSED), place)
-    done = fine(shell.run(*shlex.split(FIRST_RUN[2], comments=True)[3:]))
+    done = fine(shells["unreachable"].run(*ivtp(FIRST_RUN[2])))
     assert "Retrying" not in done.err
     assert (place / "outputs" / "run" / "results.jsonl").read_bytes() == before
-    nothing = shell.run("model=llava_1_5_7b", "model.source=someone/else", *QUICK, "output=nothing")
-    shell.close()
-    assert nothing.status == 2
-    said = one_line(nothing.err)
-    assert "someone/else" in said and CLOSED in said and "cannot be reached" in said
+
+
+@pytest.mark.parametrize(("where", "words"), [("offline", "HF_HUB_OFFLINE"), ("unreachable", "cannot be reached")])
+def test_without_a_hub_what_the_cache_lacks_is_one_line(where, words, shells, hub):
+    with hub.watched() as asked:
+        done = shells[where].run("model=llava_1_5_7b", "model.source=someone/else", *QUICK, "output=nothing")
+    assert done.status == 2 and not asked
+    said = one_line(done.err)
+    assert "someone/else" in said and words in said and (where == "offline" or CLOSED in said)
 
 
 # All families ------------------------------------------------------------------------------------------------------
@@ -248,7 +269,8 @@ def test_a_gated_repository_opens_with_a_login(shell):
         (["model.source=someone/pickles"], ["someone/pickles", "safetensors", "pickle"]),
         (["model.source=weights/llava"], ["weights/llava", "neither a folder here nor"]),
         (["model.text_encoder=openai/clip-vit-large-patch14-336"], ["open_clip:ViT-L-14-336-quickgelu@openai"]),
-        (["data.path=someone/nothing"], ["someone/nothing"]),
+        (["data.path=someone/nothing"], ["someone/nothing", "doesn't exist"]),
+        (["data.path=someone/gated_pope"], ["someone/gated_pope", "gated", "hf auth login"]),
         *([[f"model.source={name}"], ["-hf form", form]] for name, (_, _, form) in ORIGINALS.items()),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",

@@ -310,7 +310,7 @@ def qwen_generation(files: Files) -> Files:
 def llava_onevision() -> Files:
     """llava-hf/llava-onevision-qwen2-7b-ov-hf: SigLIP, crops in 36 shapes of up to 6 × 6."""
     files = qwen_tokenizer("LlavaOnevisionProcessor")
-    ids, side = token_ids(files), 56
+    ids, side = token_ids(files), 70
     shapes = [[side * high, side * wide] for high in range(1, 7) for wide in range(1, 7)]
     text = qwen_decoder(files, architectures=["Qwen2ForCausalLM"], model_type="qwen2", torch_dtype="bfloat16")
     tower = {name: CLIP_TOWER[name] for name in CLIP_TOWER if name not in ("projection_dim", "vocab_size")}
@@ -333,7 +333,7 @@ def llava_onevision() -> Files:
             image_processor_type="LlavaOnevisionVideoProcessor", **scaled
         ),
         "processor_config.json": as_json(
-            image_token="<image>", num_image_tokens=16, processor_class="LlavaOnevisionProcessor",
+            image_token="<image>", num_image_tokens=25, processor_class="LlavaOnevisionProcessor",
             video_token="<video>", vision_feature_select_strategy="full",
         ),
         "chat_template.json": as_json(chat_template=qwen_chat("<image>\n")),
@@ -411,7 +411,7 @@ def internvl() -> Files:
     marks = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
              "video_token": "<video>"}  # fmt: skip
     files = qwen_tokenizer("InternVLProcessor", **marks)
-    side = 84
+    side = 196
     tower = {
         "architectures": ["InternVisionModel"], "attention_bias": True, "hidden_act": "gelu", "hidden_size": 24,
         "image_size": [side, side], "intermediate_size": 37, "layer_norm_eps": 1e-06, "model_type": "internvl_vision",
@@ -422,7 +422,7 @@ def internvl() -> Files:
     text = qwen_decoder(files, architectures=["Qwen2ForCausalLM"], model_type="qwen2", torch_dtype="bfloat16")
     files = files | qwen_generation(files) | {
         "config.json": as_json(
-            architectures=["InternVLForConditionalGeneration"], downsample_ratio=0.5, image_seq_length=9,
+            architectures=["InternVLForConditionalGeneration"], downsample_ratio=0.5, image_seq_length=49,
             image_token_id=token_ids(files)["<IMG_CONTEXT>"], model_type="internvl", projector_hidden_act="gelu",
             text_config=text, tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.52.0.dev0",
             vision_config=tower,
@@ -435,7 +435,7 @@ def internvl() -> Files:
             image_std=[0.229, 0.224, 0.225], max_patches=12, min_patches=1, processor_class="InternVLProcessor", resample=3,
             rescale_factor=1 / 255, size={"height": side, "width": side},
         ),
-        "processor_config.json": as_json(image_seq_length=9, processor_class="InternVLProcessor"),
+        "processor_config.json": as_json(image_seq_length=49, processor_class="InternVLProcessor"),
         "chat_template.jinja": qwen_chat("<IMG_CONTEXT>\n").encode(),
     }  # fmt: skip
     return files | weights(files, 6, OLD_INTERNVL)
@@ -539,4 +539,6 @@ def fill(hub: Hub, mark: Path) -> None:
     hub.add("someone/gated", llava, gated=True)
     hub.add("someone/slow", llava, rate=4e6)
     hub.add("someone/pickles", {"config.json": llava["config.json"], "pytorch_model.bin": bomb(mark)})
-    hub.add("lmms-lab-encoder/POPE", benchmark("pope"), "datasets")
+    pope = benchmark("pope")
+    hub.add("lmms-lab-encoder/POPE", pope, "datasets")
+    hub.add("someone/gated_pope", pope, "datasets", gated=True)

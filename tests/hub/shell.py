@@ -6,20 +6,19 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from io import TextIOBase
 from unittest.mock import patch
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended."""
+    """How a command ended: its exit status, standard output and standard error."""
 
     status: int
     out: str
     err: str
-    seconds: float
 
 
 class Shell:
@@ -30,9 +29,9 @@ class Shell:
             [sys.executable, "-m", "hub.shell"], cwd=cwd, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
-    def run(self, *arguments: str, **env: str) -> Done:
-        """`python -m ivtp.run ARGUMENTS`, with more environment variables for this command."""
-        print(json.dumps([arguments, env]), file=self.process.stdin, flush=True)
+    def run(self, *arguments: str, module: str = "ivtp.run", **env: str) -> Done:
+        """`python -m MODULE ARGUMENTS`, with more environment variables for this command."""
+        print(json.dumps([module, arguments, env]), file=self.process.stdin, flush=True)
         return Done(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
@@ -59,14 +58,11 @@ class Output(TextIOBase):
 def serve() -> None:
     """Read commands, a line each, and answer with what came of them."""
     answers, sys.stdout, sys.stderr = sys.stdout, Output(), Output()
-    from ivtp.run import main
-
     for line in sys.stdin:
-        arguments, env = json.loads(line)
-        start = time.monotonic()
+        module, arguments, env = json.loads(line)
         with patch.dict(os.environ, env):
-            status = main(arguments)
-        done = Done(status, sys.stdout.take(), sys.stderr.take(), time.monotonic() - start)
+            status = import_module(module).main(arguments)
+        done = Done(status, sys.stdout.take(), sys.stderr.take())
         print(json.dumps(asdict(done)), file=answers, flush=True)
 
 
