@@ -117,13 +117,12 @@ def first(hub, shells, place) -> dict[str, list]:
     asked, done = [], []
     for number, line in enumerate(FIRST_RUN):
         with hub.watched() as requests:
-            *assigned, program, dash, module, rest = re.fullmatch(r"(\S+=\S+ )?(python) (-m) (\S+) (.*)", line).groups()
-            assert (program, dash) == ("python", "-m")
+            offline, module, rest = re.fullmatch(r"(HF_HUB_OFFLINE=1 )?python -m (\S+) (.*)", line).groups()
             if number == 1:
                 done.append(terminal(line, place, hub.endpoint))
             else:
-                where = {None: "online", "HF_HUB_OFFLINE=1 ": "offline"}[assigned[0]]
-                done.append(shells[where].run(*shlex.split(rest, comments=True), module=module))
+                shell = shells["offline" if offline else "online"]
+                done.append(shell.run(*shlex.split(rest, comments=True), module=module))
         asked.append(requests)
     return {"asked": asked, "done": done}
 

@@ -240,8 +240,12 @@ def qwen_chat(image: str, after: str = "") -> str:
     return (
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}"
         "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-        "{{ '" + image + "' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
-        "{{'<|im_end|>" + after + "\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{{ '"
+        + image
+        + "' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{{'<|im_end|>"
+        + after
+        + "\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
 
 
@@ -273,8 +277,12 @@ def llava(seed: int, architecture: str, kind: str, images: Files, **more) -> Fil
         transformers_version="4.36.0.dev0", vision_config=CLIP_TOWER, vision_feature_layer=-2,
         vision_feature_select_strategy="default", vocab_size=32064, **more,
     )  # fmt: skip
-    files = images | llama_tokenizer() | {"config.json": config, "chat_template.json": as_json(chat_template=LLAVA_CHAT)}
-    files["generation_config.json"] = as_json(_from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=32001)
+    files = (
+        images | llama_tokenizer() | {"config.json": config, "chat_template.json": as_json(chat_template=LLAVA_CHAT)}
+    )
+    files["generation_config.json"] = as_json(
+        _from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=32001
+    )
     return files | weights(files, seed, OLD_LLAVA)
 
 
@@ -491,7 +499,11 @@ def clip_of_open_clip(mark: Path) -> Files:
 
 ORIGINALS = {
     "liuhaotian/llava-v1.5-7b": ("llava_llama", "LlavaLlamaForCausalLM", "llava-hf/llava-1.5-7b-hf"),
-    "lmms-lab/llava-onevision-qwen2-7b-ov": ("llava", "LlavaQwenForCausalLM", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
+    "lmms-lab/llava-onevision-qwen2-7b-ov": (
+        "llava",
+        "LlavaQwenForCausalLM",
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    ),
     "OpenGVLab/InternVL3-8B": ("internvl_chat", "InternVLChatModel", "OpenGVLab/InternVL3-8B-hf"),
 }
 """Repositories in their authors' own format: model type, architecture, and the repository in transformers' format."""

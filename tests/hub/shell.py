@@ -26,7 +26,12 @@ class Shell:
 
     def __init__(self, env: dict[str, str], cwd) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hub.shell"], cwd=cwd, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "hub.shell"],
+            cwd=cwd,
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def run(self, *arguments: str, module: str = "ivtp.run", **env: str) -> Done:
