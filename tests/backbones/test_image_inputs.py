@@ -203,7 +203,9 @@ def test_a_limit_that_cannot_be_is_refused():
     model, processor, _ = llava_next()
     with pytest.raises(ModelError, match="max_crops=1: the smallest grid of this model has 2 crops; give at least 2"):
         ivtp.load_model(model, processor, max_crops=1)
-    with pytest.raises(ModelError, match="max_crops=9 restricts the grids .* which a 'qwen2_5_vl' model does not have"):
+    with pytest.raises(
+        ModelError, match=r"max_crops=9 restricts the grids .* which a 'qwen2_5_vl' model does not have"
+    ):
         ivtp.load_model(*family("qwen2_5_vl")[:2], max_crops=9)
 
 

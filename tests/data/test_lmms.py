@@ -162,6 +162,26 @@ def test_every_config_asks_as_the_published_numbers_do(name):
         assert text.lower() == (doc["question"].removesuffix("?") + "?" + PUBLISHED[name].removeprefix("?")).lower()
 
 
+def test_llava_is_asked_in_the_words_of_its_published_numbers():
+    """Vicuna's system sentence and turns, letter by letter what lmms-eval's own LLaVA renders."""
+    import lmms_eval
+    from jinja2 import Template
+
+    source = (Path(lmms_eval.__path__[0]) / "models" / "simple" / "llava_hf.py").read_text()
+    template = next(line for line in source.splitlines() if line.startswith("VICUNA_CHAT_TEMPLATE")).partition(" = ")[2]
+    message = [{"role": "user", "content": "<image>\n{question}"}]
+    text = Template(json.loads(template)).render(messages=message, add_generation_prompt=True)
+    for name in ("llava_1_5_7b", "llava_1_5_13b", "llava_next_7b"):
+        assert load_config([f"model={name}"]).model.prompt == text
+
+
+def test_the_plugin_pads_where_it_is_told_to():
+    from ivtp.lmms_plugin import Ivtp
+
+    padded = Ivtp("tiny", pruner="none", image_padding="pad").processor.image_processor
+    assert padded.do_pad and not getattr(Ivtp("tiny", pruner="none").processor.image_processor, "do_pad", False)
+
+
 @pytest.mark.parametrize("token", [None, "hf_somebody"])
 def test_no_login_is_needed_for_what_a_task_loads_besides_its_documents(token, monkeypatch, tmp_path):
     """GQA's images are a second data set, GQA-ru's are loaded when a document is shown; both with token=True."""
