@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from io import TextIOBase
@@ -40,8 +41,8 @@ class Shell:
         return Done(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.kill()
+        self.process.communicate()
 
 
 class Output(TextIOBase):
@@ -66,7 +67,11 @@ def serve() -> None:
     for line in sys.stdin:
         module, arguments, env = json.loads(line)
         with patch.dict(os.environ, env):
-            status = import_module(module).main(arguments)
+            try:
+                status = import_module(module).main(arguments)
+            except Exception:  # as the interpreter does
+                traceback.print_exc()
+                status = 1
         done = Done(status, sys.stdout.take(), sys.stderr.take())
         print(json.dumps(asdict(done)), file=answers, flush=True)
 
