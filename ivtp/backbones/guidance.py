@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -64,10 +63,11 @@ class TransformersText:
 
 
 class OpenClipText:
-    """The text tower and visual projection of an open_clip `CLIP`."""
+    """The text tower of an open_clip CLIP, alone or within it, and its visual projection (default: the whole CLIP's own)."""
 
-    def __init__(self, model: nn.Module, tokenizer) -> None:
+    def __init__(self, model: nn.Module, tokenizer, visual_projection: Tensor | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.visual_projection = model.visual.proj if visual_projection is None else visual_projection
         if getattr(model, "attn_mask", None) is None or not hasattr(tokenizer, "byte_decoder"):
             raise ValueError(
                 "this open_clip model has no causal text tower with CLIP's own tokenizer; use another CLIP"
@@ -76,7 +76,7 @@ class OpenClipText:
         width, heads = block.attn.embed_dim, block.attn.num_heads
         depth, ffn = len(model.transformer.resblocks), block.mlp.c_fc.out_features
         self.sizes = Layers(depth, width, ffn, heads, heads, width // heads, 2)
-        self.context, self.joint = model.context_length, model.visual.proj.shape[1]
+        self.context, self.joint = model.context_length, self.visual_projection.shape[1]
 
     def encode(self, texts: Sequence[str]) -> list[Spelled]:
         ids = [self.tokenizer.encode(text) for text in texts]
@@ -101,7 +101,7 @@ class OpenClipText:
         return projection(hidden) if isinstance(projection, nn.Linear) else hidden @ projection
 
     def project(self, cls: Tensor) -> Tensor:
-        return cls @ self.model.visual.proj.to(cls)
+        return cls @ self.visual_projection.to(cls)
 
     def _spans(self, text: str, ids: Sequence[int]) -> list[Span]:
         """open_clip's tokenizer has no offsets, but its tokens are bytes: of the cleaned text, whose letters are matched
@@ -271,30 +271,3 @@ class Guide:
         if squeeze(instruction) not in squeeze(text):
             raise ValueError(f"instruction {instruction!r} does not occur in prompt {sample} of the batch: {text!r}")
         return instruction
-
-
-def load_text_encoder(source: str, device: str | torch.device = "cpu", revision: str | None = None) -> TextEncoder:
-    """The text encoder from a CLIP checkpoint: a folder or hub id in transformers' format, or `open_clip:NAME[@PRETRAINED]`.
-
-    Raises FileNotFoundError or OSError if it is not there and cannot be fetched.
-    """
-    if source.startswith("open_clip:"):
-        import open_clip
-
-        name, _, pretrained = source.removeprefix("open_clip:").partition("@")
-        model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
-        return OpenClipText(model.eval().to(device), open_clip.get_tokenizer(name))
-    from safetensors import safe_open
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection
-    from transformers.utils import cached_file, logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the other half of the CLIP is left out on purpose: no report of unread keys
-    try:
-        model = CLIPTextModelWithProjection.from_pretrained(source, revision=revision, use_safetensors=True).eval()
-    finally:
-        logging.set_verbosity(verbosity)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    with safe_open(Path(cached_file(source, "model.safetensors", revision=revision)), "pt") as weights:
-        projection = weights.get_tensor("visual_projection.weight")
-    return TransformersText(model.to(device), tokenizer, projection.to(device))
