@@ -143,6 +143,7 @@ class LmmsTask(Dataset):
         return {
             "lmms_eval": version("lmms_eval"),
             "dataset": config.dataset_path,
+            "commits": self.task.commits,
             "split": config.test_split or config.validation_split,
             "generation": self.generation,
         }

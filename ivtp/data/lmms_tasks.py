@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
@@ -24,7 +25,7 @@ def load_task(
     chat: bool = False,
     judge: Mapping[str, str] | None = None,
 ):
-    """The task object of lmms-eval.
+    """The task object of lmms-eval; its `commits` say at which commits of the hub its data sets are.
 
     path    a folder with a copy of the data set, in the hub's own schema, or another hub id; default: the task's own
     preset  which of its prompts: "default", or a model that the task has one for
@@ -48,7 +49,11 @@ def load_task(
         own = config.get("dataset_path")
         if path is not None:
             relocate(config, path)
-        return make(name, config, PLAIN if preset == "default" else preset, chat, partial(loading, own, path))
+        commits: dict[str, str] = {}
+        within = partial(loading, own, path, commits)
+        task = make(name, config, PLAIN if preset == "default" else preset, chat, within)
+        task.commits = commits
+        return task
 
 
 @cache
@@ -130,9 +135,9 @@ def relocate(config: dict, path: str) -> None:
 
 
 @contextmanager
-def loading(own: str | None, copy: str | None) -> Iterator[None]:
+def loading(own: str | None, copy: str | None, commits: dict[str, str]) -> Iterator[None]:
     """Within, whatever a task's code loads of the hub by `datasets` (its documents, or others that belong to them) needs no
-    login, and its own hub id means the copy given for it.
+    login, and its own hub id means the copy given for it. `commits` gets the commit of each data set of the hub.
 
     Tasks say token=True, which fails for whoever is not logged in, though most data sets are public.
     """
@@ -143,7 +148,10 @@ def loading(own: str | None, copy: str | None) -> Iterator[None]:
 
     def anyone(path: str, name: str | None = None, *, token: str | bool | None = None, **more):
         found = (path, name) if copy is None or path != own else located(copy, name)
-        return build(*found, token=None if token is True and get_token() is None else token, **more)
+        builder = build(*found, token=None if token is True and get_token() is None else token, **more)
+        if not Path(found[0]).is_dir() and re.fullmatch("[0-9a-f]{40}", str(builder.hash)):
+            commits[found[0]] = builder.hash
+        return builder
 
     with patch.object(datasets.load, "load_dataset_builder", anyone):
         yield
@@ -183,6 +191,8 @@ def make(name: str, config: dict, model: str, chat: bool, loading: Callable[[], 
     except Exception as error:  # of the network, of the hub, of the schema, of the task's own code
         copy = f"hf download {where} --repo-type dataset --local-dir FOLDER"
         hint = "" if Path(str(where)).exists() else f"; offline, give data.path=FOLDER, a copy made by `{copy}`"
+        if "gated" in str(error):
+            hint = f"; accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN{hint}"
         part = f" ({parts})" if parts else ""
         raise DataError(f"data set {where}{part} of task {name!r}: {first_line(error)}{hint}") from error
 
