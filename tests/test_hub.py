@@ -232,6 +232,17 @@ def test_a_commit_that_moves_is_evaluated_anew(hub, shell, place):
     assert len(results(place / "moving")) == 4
 
 
+def test_a_checkpoint_of_other_sizes_runs_as_it_is(shell, place):
+    """Not with the sizes in the YAML, which are of another checkpoint; its tower needs a CLIP of its own."""
+    command = ["model=llava_1_5_7b", "model.source=someone/wider", *QUICK, "output=wider"]
+    fine(shell.run(*command, "pruner=topk", "pruner.group=2"))
+    assert max(layer for layer, *_ in results(place / "wider")[-1]["cuts"]["vision"]) < 4
+    done = shell.run(*command, "pruner=ivtp")
+    assert done.status == 2
+    said = one_line(done.err[done.err.rindex("ivtp: ") :])
+    assert CLIP in said and "width 24" in said and "has 36" in said and "model.text_encoder" in said
+
+
 def test_a_benchmark_that_moves_is_evaluated_anew(hub, shell, place):
     command = ["model=llava_1_5_7b", "pruner=fastv", *QUICK, "output=benchmark"]
     repository = hub[POPE]

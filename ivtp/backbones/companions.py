@@ -87,6 +87,13 @@ def guide_for(model: nn.Module, reads_clip: bool = True) -> Guide:
         companion.text_encoder = load_text_encoder(companion.source, model.device)
         if companion.pack:
             pack(companion.text_encoder.model)
+    encoder, width = companion.text_encoder, model.config.vision_config.hidden_size
+    if getattr(encoder, "vision_width", width) != width:
+        raise ModelError(
+            f"the text encoder {companion.source.checkpoint.source if companion.source else 'given'} belongs to a vision "
+            f"tower of width {encoder.vision_width}, but this model's has {width}; name the CLIP that this tower comes from "
+            "(model.text_encoder, load_model(text_encoder=…))"
+        )
     return Guide(companion.processor.tokenizer, companion.text_encoder, model.config.image_token_id)
 
 

@@ -38,7 +38,8 @@ class TransformersText:
     def __init__(self, model: nn.Module, tokenizer, visual_projection: Tensor) -> None:
         self.model, self.tokenizer, self.visual_projection = model, tokenizer, visual_projection
         self.sizes = text_layers(model.config)
-        self.context, self.joint = model.config.max_position_embeddings, visual_projection.shape[0]
+        self.context = model.config.max_position_embeddings
+        self.joint, self.vision_width = visual_projection.shape
 
     def encode(self, texts: Sequence[str]) -> list[Spelled]:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
@@ -76,7 +77,8 @@ class OpenClipText:
         width, heads = block.attn.embed_dim, block.attn.num_heads
         depth, ffn = len(model.transformer.resblocks), block.mlp.c_fc.out_features
         self.sizes = Layers(depth, width, ffn, heads, heads, width // heads, 2)
-        self.context, self.joint = model.context_length, self.visual_projection.shape[1]
+        self.context = model.context_length
+        self.vision_width, self.joint = self.visual_projection.shape
 
     def encode(self, texts: Sequence[str]) -> list[Spelled]:
         ids = [self.tokenizer.encode(text) for text in texts]

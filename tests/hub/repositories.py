@@ -265,7 +265,7 @@ def clip_images(processor: str, kind: str, **more) -> Files:
     }  # fmt: skip
 
 
-def llava(seed: int, architecture: str, kind: str, images: Files, **more) -> Files:
+def llava(seed: int, architecture: str, kind: str, images: Files, tower: dict | None = None, **more) -> Files:
     """The configs in LLaVA's old form around Vicuna: float16, a vocabulary padded to 32064 rows."""
     vicuna = {
         "_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096,
@@ -274,7 +274,7 @@ def llava(seed: int, architecture: str, kind: str, images: Files, **more) -> Fil
     config = as_json(
         architectures=[architecture], ignore_index=-100, image_token_index=32000, model_type=kind, pad_token_id=32001,
         projector_hidden_act="gelu", text_config=vicuna, tie_word_embeddings=False, torch_dtype="float16",
-        transformers_version="4.36.0.dev0", vision_config=CLIP_TOWER, vision_feature_layer=-2,
+        transformers_version="4.36.0.dev0", vision_config=CLIP_TOWER | (tower or {}), vision_feature_layer=-2,
         vision_feature_select_strategy="default", vocab_size=32064, **more,
     )  # fmt: skip
     files = (
@@ -286,10 +286,10 @@ def llava(seed: int, architecture: str, kind: str, images: Files, **more) -> Fil
     return files | weights(files, seed, OLD_LLAVA)
 
 
-def llava_1_5(seed: int = 1) -> Files:
-    """llava-hf/llava-1.5-7b-hf."""
+def llava_1_5(seed: int = 1, **tower: int) -> Files:
+    """llava-hf/llava-1.5-7b-hf, or somebody's own with a tower of other sizes."""
     images = clip_images("LlavaProcessor", "CLIPImageProcessor")
-    return llava(seed, "LlavaForConditionalGeneration", "llava", images, image_seq_length=49)
+    return llava(seed, "LlavaForConditionalGeneration", "llava", images, tower, image_seq_length=49)
 
 
 def llava_next() -> Files:
@@ -548,6 +548,7 @@ def fill(hub: Hub, mark: Path) -> None:
     for name in ORIGINALS:
         hub.add(name, original(name, mark))
     hub.add("someone/moving", llava)
+    hub.add("someone/wider", llava_1_5(seed=10, hidden_size=36, num_hidden_layers=5))
     hub.add("someone/gated", llava, gated=True)
     hub.add("someone/slow", llava, rate=4e6)
     hub.add("someone/pickles", {"config.json": llava["config.json"], "pytorch_model.bin": bomb(mark)})
