@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ class LmmsTask(Dataset):
         return {
             "lmms_eval": version("lmms_eval"),
             "dataset": config.dataset_path,
+            "commit": self._commit(),
             "split": config.test_split or config.validation_split,
             "generation": self.generation,
         }
@@ -322,6 +324,12 @@ class LmmsTask(Dataset):
     @cached_property
     def _raw(self):
         return self._docs.with_format("arrow")
+
+    def _commit(self) -> str | None:
+        """Commit on the hub that the documents were read at: `datasets` names its cache folder after it."""
+        folders = {Path(file["filename"]).parent.name for file in self._docs.cache_files}
+        commits = sorted(name for name in folders if re.fullmatch("[0-9a-f]{40}", name))
+        return commits[0] if commits else None
 
     def _image_id(self, place: int) -> str:
         """A hash of the document's image files, which makes questions about one image one cluster; else its own id."""
