@@ -45,14 +45,18 @@ class Row:
 
 
 def quiet_libraries() -> None:
-    """Libraries talk about things that this run does on purpose; warnings of our own stay."""
+    """Libraries talk about things that this run does on purpose; warnings of our own and bars of downloads stay."""
     import logging
     import warnings
 
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    without_bars = are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of huggingface_hub too
+    if not without_bars:
+        enable_progress_bars()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
