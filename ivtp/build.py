@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ivtp.backbones.companions import text_checkpoint
 from ivtp.backbones.image_inputs import limit_crops, padding_of
 from ivtp.data.batches import CHAT, Collate, QuestionData
 from ivtp.encoders import EMBEDDED_ENCODERS
@@ -208,14 +210,48 @@ def planner_of(row: dict, shape: Shape, settings: dict, keep: int | None) -> Pla
 
 
 def model_identity(config: DictConfig, model, processor) -> dict:
-    """What the results depend on of the model: its source, a hash of its files or the revision of the hub, and how its
-    processor makes images square or limits their crops."""
-    source = str(config.model.source)
+    """Source of the model, a hash of its files or its commit on the hub, its type, and how its processor makes images
+    square or limits their crops."""
+    source, commit = str(config.model.source), getattr(model, "_commit_hash", None)
     folder = Path((EMBEDDED | EMBEDDED_ENCODERS).get(source, source))
     files = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")] if folder.is_dir() else []
-    commit = getattr(getattr(model, "config", model), "_commit_hash", None)
     dtype = str(getattr(model, "dtype", None) or next(model.parameters()).dtype).removeprefix("torch.")
     more = {name: config.model[name] for name in ("library", "pretrained", "neighbours") if name in config.model}
     images = {"image_padding": padding_of(processor.image_processor), "max_crops": config.model.get("max_crops")}
     more |= {name: value for name, value in images.items() if value is not None and not is_encoder(config)}
-    return {"source": source, "hash": fingerprint(files) if files else commit, "dtype": dtype} | more
+    return {"source": source, "hash": commit or (fingerprint(files) if files else None), "dtype": dtype} | more
+
+
+def reads_text(row: Row) -> bool:
+    """Whether a row's method asks the text encoder."""
+    return row.plan.reads_clip or row.plan.reads_relevance
+
+
+def text_identity(model, rows: list[Row]) -> dict | None:
+    """Source of the model's text encoder, and a hash of its files or its commit; None where no row reads it.
+
+    Fetches the encoder if it is not here yet, so that what is wrong with it is said before the first sample.
+    """
+    checkpoint = text_checkpoint(model) if any(map(reads_text, rows)) else None
+    if checkpoint is None:
+        return None
+    files = [p for p in checkpoint.folder.iterdir() if p.suffix in (".safetensors", ".json")]
+    return {"source": checkpoint.source, "hash": checkpoint.commit or fingerprint(files)}
+
+
+def pruner_source(name: str) -> str | None:
+    """A hash of the source of a pruner of somebody else's; None for one of this package, whose code is hashed as a whole.
+
+    Covers the pruner's package, or for a single file those of its imports that lie beside it.
+    """
+    function = inspect.unwrap(PRUNERS[name])
+    top = function.__module__.partition(".")[0]
+    if top == __package__.partition(".")[0]:
+        return None
+    path = Path(inspect.getsourcefile(function))
+    folders = getattr(sys.modules[top], "__path__", None)
+    if folders is not None:
+        return fingerprint([file for folder in folders for file in Path(folder).rglob("*.py")])
+    beside = {getattr(module, "__file__", None) for module in list(sys.modules.values())} - {None}
+    files = {path, *(Path(file) for file in beside if Path(file).parent == path.parent)}
+    return fingerprint([path] if "site-packages" in path.parts else sorted(files))

@@ -23,7 +23,6 @@ VERSIONED = ("torch", "transformers", "lightning", "timm", "open_clip_torch")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the arguments ask for; 0: done, 2: the request cannot be met (one line on standard error)."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
     return command(arguments, usage, run)
 
@@ -78,9 +77,9 @@ def run(arguments: Sequence[str]) -> Path:
         "model": build.model_identity(config, model, processor),
         "data": OmegaConf.to_container(config.data) | data.about | {"hash": data.survey.hash},
         "prompt": build.prompt_of(config),
-        "text_encoder": config.model.get("text_encoder"),
         "code": records.code_version(),
     }
+    text_encoder = build.text_identity(model, planned)
     results = folder / "results.jsonl"
     finished, torn = records.read(results)
     if torn:
@@ -98,12 +97,17 @@ def run(arguments: Sequence[str]) -> Path:
     current = []
     for number, row in enumerate(planned, start=1):
         asked = {k: v for k, v in asdict(row).items() if k in ("pruner", "budget", "position_ids")}
-        key = records.key(asked, identity)
+        sources = {
+            "text_encoder": text_encoder if build.reads_text(row) else None,
+            "pruner_source": build.pruner_source(row.pruner["name"]),
+        }
+        key = records.key(asked, identity, sources)
         record = done.get(key)
         evaluator.share(planned[number - 1 :])
         if record is None or record["label"] != row.label:
             title = f"{number}/{len(planned)} {row.label}"
-            record = evaluator.evaluate(key, row, title) | about | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            record = evaluator.evaluate(key, row, title) | about | sources
+            record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             records.append(results, [record])
         current.append(record)
         evaluator.log(record, current)

@@ -110,7 +110,10 @@ def text_sizes(model, source: str | None = None) -> dict:
 
 
 def text_checkpoint(model: nn.Module) -> Checkpoint | None:
-    """The checkpoint of a model's text encoder, fetched if it is not here yet, so that what is wrong with it is said
+    """The checkpoint of a model's text encoder, which is loaded if it is not yet, so that what is wrong with it is said
     before the first sample. None where it was given as an object, or there is none."""
     companion = _companions.get(model)
-    return companion.source.complete().checkpoint if companion and companion.source else None
+    if companion is None or companion.source is None:
+        return None
+    guide_for(model)
+    return companion.source.complete().checkpoint
