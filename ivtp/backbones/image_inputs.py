@@ -85,8 +85,13 @@ def visible_box(image_processor, size: tuple[int, int]) -> Box:
         left, top, width, height = -((side - width) // 2), -((side - height) // 2), side, side
     if not getattr(image_processor, "do_center_crop", False):
         return left, top, left + width, top + height
-    short = image_processor.size["shortest_edge"]
-    resized = [int(short * edge / min(width, height)) for edge in (width, height)]
+    target = dict(image_processor.size)
+    short = target.get("shortest_edge")
+    resized = (
+        [int(short * edge / min(width, height)) for edge in (width, height)]
+        if short
+        else [target["width"], target["height"]]
+    )
     crop = [image_processor.crop_size[edge] for edge in ("width", "height")]
     scale = [before / after for before, after in zip((width, height), resized, strict=True)]
     x, y = ((whole - part) // 2 * s for whole, part, s in zip(resized, crop, scale, strict=True))

@@ -107,13 +107,15 @@ def marked(size: tuple[int, int], box) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(900, 300), (300, 900), (641, 480), (700, 700)], ids=str)
-@pytest.mark.parametrize("way", ["pad", "crop", "resize"])
+@pytest.mark.parametrize("way", ["pad", "crop", "squash", "resize"])
 def test_a_patch_shows_the_part_of_the_picture_that_it_is_said_to(way, size):
     """Mark that part alone: the patch is white in what the model reads, and all others are dark. Overlays draw there."""
     side, grid = 140, 5
     processor = SiglipImageProcessor(size={"height": side, "width": side}) if way == "resize" else clip(side=side)
     if way == "pad":
         processor = padded(processor, way)
+    if way == "squash":  # to another aspect, then cropped
+        processor.size = {"height": 2 * side, "width": side}
     boxes = patch_boxes(processor, size, grid**2)
     whole = visible_box(processor, size)
     assert (boxes[0][:2], boxes[-1][2:]) == (whole[:2], pytest.approx(whole[2:]))
