@@ -133,7 +133,7 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
         from ivtp.data.scenes import Scenes
 
         try:
-            data = Scenes(c.split, c.scenes, c.seed)
+            data = Scenes(c.split, c.scenes, c.seed, shape.patches)
         except ValueError as error:
             raise UserError(f"data: {error}") from error
     elif c.name == "folder":
