@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ivtp.data.answers import exact
-from ivtp.data.questions import DataError
+from ivtp.data.errors import DataError, first_line
 
 CHAT = "chat"
 """Of `prompt`: the processor's own chat template."""
@@ -39,10 +39,14 @@ class Collate:
     prompt  a template with a place for "{question}" and the image token, each once (the token stands for all images of a
             sample); or "chat": the processor's chat template, for the sample's `messages`, else for a user who shows the
             images and asks the question
+    context the most tokens of a prompt, image tokens included, that the model was made for; None: any number
+
+    Raises DataError, naming the sample, for one that cannot be asked.
     """
 
-    def __init__(self, processor, prompt: str) -> None:
+    def __init__(self, processor, prompt: str, context: int | None = None) -> None:
         self.processor, self.prompt, self.image_token = processor, prompt, processor.image_token
+        self.context = context
         if prompt == CHAT:
             if not getattr(processor, "chat_template", None):
                 raise DataError(
@@ -56,14 +60,40 @@ class Collate:
 
     def __call__(self, samples: list[dict]) -> Batch:
         texts = [self.render(sample) for sample in samples]
+        for sample, text in zip(samples, texts, strict=True):
+            if self.context and len(text) > self.context:  # only then, since it takes time
+                self._check_length(sample, len(self.processor.tokenizer(text)["input_ids"]))
+        try:
+            inputs = self._process(texts, samples)
+        except MemoryError:
+            raise
+        except Exception as error:  # anything: it is the processor's own code
+            if len(samples) == 1:
+                raise DataError(
+                    f"sample {samples[0]['id']!r} cannot be processed ({first_line(error)}); change it or leave it out"
+                ) from error
+            for sample in samples:
+                self([sample])  # the one that is to blame is named
+            raise
+        for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
+            self._check_length(sample, length)
+        return Batch(dict(inputs), samples)
+
+    def _process(self, texts: list[str], samples: list[dict]):
         shown = [images for images in map(pictures, samples) if images]
         if all(len(images) == 1 for images in shown):
             shown = [image for (image,) in shown]
         # A template that writes the begin mark itself must not get a second one from the tokenizer.
         mark = self.processor.tokenizer.bos_token
         more = {"add_special_tokens": False} if self.prompt == CHAT and mark and texts[0].startswith(mark) else {}
-        inputs = self.processor(images=shown or None, text=texts, return_tensors="pt", padding=True, **more)
-        return Batch(dict(inputs), samples)
+        return self.processor(images=shown or None, text=texts, return_tensors="pt", padding=True, **more)
+
+    def _check_length(self, sample: dict, length: int) -> None:
+        if self.context and length > self.context:
+            raise DataError(
+                f"sample {sample['id']!r}: its prompt has {length} tokens, images included, but the model's context is "
+                f"{self.context} (max_position_embeddings); shorten the question, or show fewer or smaller images"
+            )
 
     def render(self, sample: dict) -> str:
         """The prompt of a sample as text, one image token for each of its images."""
@@ -88,7 +118,7 @@ class Collate:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run has to know of all samples before the first; `hash` covers ids, texts, pixels and asked patches.
+    """What a run has to know of all samples before the first; `hash` covers ids, texts, images and asked patches.
 
     prompts  the questions as the model reads them, with one image token for an image
     sizes    of the images of each sample; None: they were not opened
@@ -108,7 +138,8 @@ class QuestionData(L.LightningDataModule):
              have the same sizes side by side, for models that read images of several sizes
     A data set may bring more than items: `judge(sample, text)` → fields of an outcome (see `exact`), `generation`, settings
     of `generate`; `scores(outcomes, folder)`, metrics of its own; `about`, what its results depend on; `sketch(place)` →
-    a sample without its images, and bytes that stand for their content, where that is cheaper than opening them.
+    a sample without its images (with their `sizes`, where known), and bytes that stand for their content, where that is
+    cheaper than opening them.
     """
 
     def __init__(
@@ -141,11 +172,17 @@ class QuestionData(L.LightningDataModule):
             sample, content = sketch(place)
             ids.append(sample["id"])
             questions.append(sample["question"])
-            sizes.append([image.size for image in pictures(sample)] if "image" in sample else None)
-            if "image" not in sample:  # it was not opened: as many as the question has places for, at least one
-                sample["images"] = [None] * max(1, sample["question"].count(self.collate.image_token))
+            known = sample.get("sizes")
+            if "image" in sample or "images" in sample:
+                known = [image.size for image in pictures(sample)]
+            else:  # not opened; where nothing is known, as many as the question has places for, at least one
+                places = max(1, sample["question"].count(self.collate.image_token))
+                sample["images"] = [None] * (places if known is None else len(known))
+            sizes.append(None if known is None or None in known else known)
             prompts.append(self.collate.render(sample))
             digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
+            if "answers" in sample:
+                digest.update(json.dumps(sample["answers"]).encode())
             digest.update(content)
         return Survey(ids, questions, prompts, digest.hexdigest()[:16], sizes)
 
@@ -161,7 +198,10 @@ class QuestionData(L.LightningDataModule):
 
     def _sizes(self, place: int) -> list[tuple[int, int]]:
         known = self.survey.sizes[place]
-        return [image.size for image in pictures(self.data[place])] if known is None else known
+        try:
+            return [image.size for image in pictures(self.data[place])] if known is None else known
+        except DataError:  # said when the sample is asked
+            return []
 
     def as_they_come(self, outcomes: list[dict]) -> list[dict]:
         """Outcomes in the order of the data set, in whichever they were asked."""
@@ -170,7 +210,7 @@ class QuestionData(L.LightningDataModule):
 
     def _open(self, place: int) -> tuple[dict, bytes]:
         sample = self.data[place]
-        return sample, sample["image"].tobytes() + sample["patches"].numpy().tobytes()
+        return sample, b"".join(image.tobytes() for image in pictures(sample)) + sample["patches"].numpy().tobytes()
 
     def scores(self, outcomes: list[dict], folder) -> list:
         """Metrics of the data set's own, beside accuracy."""
