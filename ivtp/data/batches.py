@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,13 +33,31 @@ def pictures(sample: dict) -> list:
     return sample["images"] if "images" in sample else [sample["image"]]
 
 
+def named(process: Callable, samples: list[dict], *more: list):
+    """Call `process(samples, *more)`, and where it raises, raise DataError with the name of the sample that fails alone.
+    If none does, the batch is the cause, and its error is raised as it is."""
+    try:
+        return process(samples, *more)
+    except MemoryError:
+        raise
+    except Exception as error:  # anything: it is the processor's own code
+        if len(samples) > 1:
+            for each in zip(samples, *more, strict=True):
+                named(process, *([one] for one in each))
+            raise
+        name = samples[0]["id"]
+        raise DataError(
+            f"sample {name!r} cannot be processed ({first_line(error)}); change it or leave it out"
+        ) from error
+
+
 class Collate:
     """Samples → Batch.
 
-    prompt  a template with a place for "{question}" and the image token, each once (the token stands for all images of a
-            sample); or "chat": the processor's chat template, for the sample's `messages`, else for a user who shows the
-            images and asks the question
-    context the most tokens of a prompt, image tokens included, that the model was made for; None: any number
+    prompt   a template with a place for "{question}" and the image token, each once (the token stands for all images of
+             a sample); or "chat": the processor's chat template, for the sample's `messages`, else for a user who shows
+             the images and asks the question
+    context  the most tokens of a prompt, image tokens included, that the model was made for; None: any number
 
     Raises DataError, naming the sample, for one that cannot be asked.
     """
@@ -63,23 +81,12 @@ class Collate:
         for sample, text in zip(samples, texts, strict=True):
             if self.context and len(text) > self.context:  # only then, since it takes time
                 self._check_length(sample, len(self.processor.tokenizer(text)["input_ids"]))
-        try:
-            inputs = self._process(texts, samples)
-        except MemoryError:
-            raise
-        except Exception as error:  # anything: it is the processor's own code
-            if len(samples) == 1:
-                raise DataError(
-                    f"sample {samples[0]['id']!r} cannot be processed ({first_line(error)}); change it or leave it out"
-                ) from error
-            for sample in samples:
-                self([sample])  # the one that is to blame is named
-            raise
+        inputs = named(self._process, samples, texts)
         for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
             self._check_length(sample, length)
         return Batch(dict(inputs), samples)
 
-    def _process(self, texts: list[str], samples: list[dict]):
+    def _process(self, samples: list[dict], texts: list[str]):
         shown = [images for images in map(pictures, samples) if images]
         if all(len(images) == 1 for images in shown):
             shown = [image for (image,) in shown]

@@ -60,7 +60,8 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
     try:
         check_regular(path)
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
-            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+            # Pillow itself turns TIFF.
+            turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except Exception:  # as above; the sample says what is wrong when it is read
         return None
@@ -69,7 +70,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image as 8-bit RGB, as a viewer shows it.
 
-    It is rotated as its EXIF orientation says. Transparent parts are composited on white: the colours below them are
+    It is rotated as its EXIF orientation says (in place). Transparent parts are composited on white: the colours below them are
     undefined, and often black or noise. Deeper pixels are scaled (see `eight_bit`), other colour spaces converted.
     Raises ImageError for a side more than `MAX_ASPECT` times the other.
     """
@@ -81,7 +82,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()  # so that errors below are the metadata's
     # Images with damaged metadata are shown as they are stored, as viewers do.
     with suppress(SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(DEEP):
         image = eight_bit(image)
     elif image.has_transparency_data:
