@@ -80,7 +80,7 @@ class Collate:
         texts = [self.render(sample) for sample in samples]
         for sample, text in zip(samples, texts, strict=True):
             if self.context and len(text) > self.context:  # only then, since it takes time
-                self._check_length(sample, len(self.processor.tokenizer(text)["input_ids"]))
+                self._check_length(sample, len(self.processor.tokenizer(text)["input_ids"]), "before its images")
         inputs = named(self._process, samples, texts)
         for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
             self._check_length(sample, length)
@@ -95,10 +95,10 @@ class Collate:
         more = {"add_special_tokens": False} if self.prompt == CHAT and mark and texts[0].startswith(mark) else {}
         return self.processor(images=shown or None, text=texts, return_tensors="pt", padding=True, **more)
 
-    def _check_length(self, sample: dict, length: int) -> None:
+    def _check_length(self, sample: dict, length: int, counted: str = "images included") -> None:
         if self.context and length > self.context:
             raise DataError(
-                f"sample {sample['id']!r}: its prompt has {length} tokens, images included, but the model's context is "
+                f"sample {sample['id']!r}: its prompt has {length} tokens, {counted}, but the model's context is "
                 f"{self.context} (max_position_embeddings); shorten the question, or show fewer or smaller images"
             )
 
