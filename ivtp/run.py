@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> Path:
     if not shape.has_cls:
         console.print(f"{config.model.source} has no class token: in its tower the {reference} judges", soft_wrap=True)
     data = build.build_data(config, processor, shape, config.trainer.batch_size, build.context_of(model))
-    text, instruction = prompt_lengths(data, processor) if shape.language else (0, 0)
+    text, instruction = prompt_lengths(data.survey, processor) if shape.language else (0, 0)
     planned = build.plan_rows(rows, shape, text, instruction)
     identity = {
         "model": build.model_identity(config, model),
@@ -191,15 +191,11 @@ def pick_device(config) -> str:
     return device
 
 
-def prompt_lengths(data, processor) -> tuple[int, int]:
-    """Mean tokens of a prompt without its image, and of an instruction with the text encoder's two marks; prompts beyond
-    the model's context, which are not asked, do not count."""
+def prompt_lengths(survey, processor) -> tuple[int, int]:
+    """Mean tokens of a prompt without its image, and of an instruction with the text encoder's two marks."""
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    around = [len(ids) - ids.count(image) for ids in processor.tokenizer(data.survey.prompts)["input_ids"]]
-    alone = [len(ids) + 2 for ids in processor.tokenizer(data.survey.questions, add_special_tokens=False)["input_ids"]]
-    fits = [i for i, length in enumerate(around) if not data.collate.context or length <= data.collate.context]
-    if fits:
-        around, alone = ([lengths[i] for i in fits] for lengths in (around, alone))
+    around = [len(ids) - ids.count(image) for ids in processor.tokenizer(survey.prompts)["input_ids"]]
+    alone = [len(ids) + 2 for ids in processor.tokenizer(survey.questions, add_special_tokens=False)["input_ids"]]
     return round(sum(around) / len(around)), round(sum(alone) / len(alone))
 
 

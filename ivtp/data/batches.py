@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ivtp.data.answers import exact
-from ivtp.data.errors import DataError, first_line
+from ivtp.data.errors import DataError
 
 CHAT = "chat"
 """Of `prompt`: the processor's own chat template."""
@@ -31,24 +31,6 @@ class Batch:
 def pictures(sample: dict) -> list:
     """The images of a sample: its `images`, else its one `image`."""
     return sample["images"] if "images" in sample else [sample["image"]]
-
-
-def named(process: Callable, samples: list[dict], *more: list):
-    """Call `process(samples, *more)`, and where it raises, raise DataError with the name of the sample that fails alone.
-    If none does, the batch is the cause, and its error is raised as it is."""
-    try:
-        return process(samples, *more)
-    except MemoryError:
-        raise
-    except Exception as error:  # anything: it is the processor's own code
-        if len(samples) > 1:
-            for each in zip(samples, *more, strict=True):
-                named(process, *([one] for one in each))
-            raise
-        name = samples[0]["id"]
-        raise DataError(
-            f"sample {name!r} cannot be processed ({first_line(error)}); change it or leave it out"
-        ) from error
 
 
 class Collate:
@@ -78,24 +60,18 @@ class Collate:
 
     def __call__(self, samples: list[dict]) -> Batch:
         texts = [self.render(sample) for sample in samples]
-        for sample, text in zip(samples, texts, strict=True):
-            if self.context and len(text) > self.context:  # only then, since it takes time
-                self._check_length(sample, len(self.processor.tokenizer(text)["input_ids"]), "before its images")
-        inputs = named(self._process, samples, texts)
-        for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
-            self._check_length(sample, length)
-        return Batch(dict(inputs), samples)
-
-    def _process(self, samples: list[dict], texts: list[str]):
         shown = [images for images in map(pictures, samples) if images]
         if all(len(images) == 1 for images in shown):
             shown = [image for (image,) in shown]
         # A template that writes the begin mark itself must not get a second one from the tokenizer.
         mark = self.processor.tokenizer.bos_token
         more = {"add_special_tokens": False} if self.prompt == CHAT and mark and texts[0].startswith(mark) else {}
-        return self.processor(images=shown or None, text=texts, return_tensors="pt", padding=True, **more)
+        inputs = self.processor(images=shown or None, text=texts, return_tensors="pt", padding=True, **more)
+        for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
+            self._check_length(sample, length, "images included")
+        return Batch(dict(inputs), samples)
 
-    def _check_length(self, sample: dict, length: int, counted: str = "images included") -> None:
+    def _check_length(self, sample: dict, length: int, counted: str) -> None:
         if self.context and length > self.context:
             raise DataError(
                 f"sample {sample['id']!r}: its prompt has {length} tokens, {counted}, but the model's context is "
@@ -104,6 +80,12 @@ class Collate:
 
     def render(self, sample: dict) -> str:
         """The prompt of a sample as text, one image token for each of its images."""
+        text = self._filled(sample)
+        if self.context and len(text) > self.context:  # only then, since it takes time
+            self._check_length(sample, len(self.processor.tokenizer(text)["input_ids"]), "before its images")
+        return text
+
+    def _filled(self, sample: dict) -> str:
         question, images = sample["question"], len(pictures(sample))
         if not question.strip():
             raise DataError(f"sample {sample['id']!r} has an empty question")
@@ -205,10 +187,7 @@ class QuestionData(L.LightningDataModule):
 
     def _sizes(self, place: int) -> list[tuple[int, int]]:
         known = self.survey.sizes[place]
-        try:
-            return [image.size for image in pictures(self.data[place])] if known is None else known
-        except DataError:  # said when the sample is asked
-            return []
+        return [image.size for image in pictures(self.data[place])] if known is None else known
 
     def as_they_come(self, outcomes: list[dict]) -> list[dict]:
         """Outcomes in the order of the data set, in whichever they were asked."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ivtp.data.batches import Batch, named
+from ivtp.data.batches import Batch
 from ivtp.data.errors import DataError
 from ivtp.data.open_image import open_image, to_rgb
 
@@ -73,11 +73,9 @@ class ImageCollate:
         return sample["question"]
 
     def __call__(self, samples: list[dict]) -> Batch:
-        def process(samples: list[dict]):
-            images = [sample["image"] for sample in samples]
-            return self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-
-        return Batch({"pixel_values": named(process, samples)}, samples)
+        images = [sample["image"] for sample in samples]
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return Batch({"pixel_values": pixels}, samples)
 
 
 def image_folder(path: str | Path, patch_count: int) -> Images:

@@ -113,7 +113,7 @@ def _parquet(table: Path) -> Iterator[tuple[str, dict]]:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
-            f'{table} needs pyarrow; pip install "ivtp[lmms]", or write the table as questions.csv'
+            f'{table} needs pyarrow; pip install "ivtp[parquet]", or write the table as questions.csv'
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(table) as file:

@@ -126,9 +126,11 @@ class Questions(Dataset):
                 raise DataError(
                     f"sample {row['id']!r}: image {name!r} cannot be read ({error}); mend the file or its line"
                 ) from error
-        return self._text(row) | ({"images": images} if row["several"] else {"image": images[0]})
+        return self.texts(item) | ({"images": images} if row["several"] else {"image": images[0]})
 
-    def _text(self, row: dict) -> dict:
+    def texts(self, item: int) -> dict:
+        """A sample without its images."""
+        row = self.rows[item]
         patches, answers = torch.zeros(self.patch_count, dtype=torch.bool), row["answers"]
         patches[row["patches"]] = True
         return {
@@ -144,8 +146,7 @@ class Questions(Dataset):
     def sketch(self, item: int) -> tuple[dict, bytes]:
         """A sample without its images but with their `sizes` (None for one that cannot be read), and what stands for
         their content: the files are hashed, not decoded."""
-        row = self.rows[item]
-        sample, files = self._text(row), [self._file(name) for name in row["images"]]
+        sample, files = self.texts(item), [self._file(name) for name in self.rows[item]["images"]]
         content = "\n".join(hashed for hashed, _ in files).encode() + sample["patches"].numpy().tobytes()
         return sample | {"sizes": [size for _, size in files]}, content
 

@@ -251,7 +251,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     write(tmp_path, "parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        DataError, match=r'needs pyarrow; pip install "ivtp\[lmms\]", or write the table as questions\.csv'
+        DataError, match=r'needs pyarrow; pip install "ivtp\[parquet\]", or write the table as questions\.csv'
     ):
         Questions(tmp_path)
 
