@@ -161,13 +161,7 @@ class QuestionData(L.LightningDataModule):
             sample, content = sketch(place)
             ids.append(sample["id"])
             questions.append(sample["question"])
-            known = sample.get("sizes")
-            if "image" in sample or "images" in sample:
-                known = [image.size for image in pictures(sample)]
-            else:  # not opened; where nothing is known, as many as the question has places for, at least one
-                places = max(1, sample["question"].count(self.collate.image_token))
-                sample["images"] = [None] * (places if known is None else len(known))
-            sizes.append(None if known is None or None in known else known)
+            sizes.append(self._known_sizes(sample))
             prompts.append(self.collate.render(sample))
             digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
             if "answers" in sample:
@@ -188,6 +182,16 @@ class QuestionData(L.LightningDataModule):
     def _sizes(self, place: int) -> list[tuple[int, int]]:
         known = self.survey.sizes[place]
         return [image.size for image in pictures(self.data[place])] if known is None else known
+
+    def _known_sizes(self, sample: dict) -> list[tuple[int, int]] | None:
+        """Sizes of a sample's images, None if they are not known; one whose images were not opened gets places for them."""
+        if "image" in sample or "images" in sample:
+            return [image.size for image in pictures(sample)]
+        known = sample.get("sizes")
+        # Where nothing is known, as many as the question has places for, at least one.
+        count = max(1, sample["question"].count(self.collate.image_token)) if known is None else len(known)
+        sample["images"] = [None] * count
+        return None if known is None or None in known else known
 
     def as_they_come(self, outcomes: list[dict]) -> list[dict]:
         """Outcomes in the order of the data set, in whichever they were asked."""
