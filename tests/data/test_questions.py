@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from PIL import Image
+from running import lines, outcomes, run
 
 from ivtp.data.questions import DataError, Questions
 
@@ -332,3 +333,28 @@ def test_vqa_accuracy_of_too_few_annotators_is_refused(tmp_path):
         DataError, match=r"line 1: has 2 accepted answers, but VQA accuracy needs at least 4; use data\.answers=any"
     ):
         answered(tmp_path, {"answers": ["red", "blue"]}, "red", answers="vqa")
+
+
+def test_a_run_over_several_answers_images_and_none_of_them(tmp_path, capsys):
+    """The whole way: what is not known is blank in record and table, and the rule is part of the record."""
+    write(folder(tmp_path), "json", [{**row, "images": ["a.png"] * 2} if "images" in row else row for row in ROWS])
+    (tmp_path / "questions.jsonl").unlink()
+    asked = ("pruner=topk", "budget.keep=17", "data=folder", f"data.path={tmp_path}", "data.max_new_tokens=2")
+    assert run(*asked, "data.match=contains", output=tmp_path / "out") == 0
+    _, record = lines(tmp_path / "out" / "run" / "results.jsonl")
+    assert (record["data"]["match"], record["data"]["answers"]) == ("contains", "any")
+    assert record["metrics"]["accuracy"]["n"] == 3
+    found = {outcome["id"]: outcome for outcome in outcomes(tmp_path / "out" / "run", record)}
+    assert found["8"]["answer"] == "yes | no" and len(found["8"]["kept"]) == 34
+    assert found["9"]["kept"] is None, "as without the others in its batch"
+    assert found["10"]["correct"] is None and found["10"]["prediction"]
+    (tmp_path / "questions.json").write_text(json.dumps([ROWS[3]]))
+    capsys.readouterr()
+    assert run(*asked, output=tmp_path / "blank") == 0
+    assert "topk: not scored, " in capsys.readouterr().out
+    table = [
+        [cell.strip() for cell in line.split("|")]
+        for line in (tmp_path / "blank/run/table.md").read_text().splitlines()
+    ]
+    (heads,), (row,) = ([line for line in table if name in line] for name in ("accuracy", "topk"))
+    assert [row[heads.index(name)] for name in ("accuracy", "− unpruned", "acc_early")] == ["–"] * 3
