@@ -5,15 +5,15 @@ A family is one module with `shape(model_or_config) → Shape` and `prune(model,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
+from ivtp.backbones.replacing import Latest
 from ivtp.registry import UserError, unknown
 
 # By transformers' `model_type`, or package and class.
@@ -47,6 +47,8 @@ class ModelError(UserError):
 
 def family(model) -> ModuleType:
     """The module of a model's (or config's) family; raises ModelError for one that is not supported."""
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise ModelError(f"{type(model).__name__} wraps the model; prune what is inside: ivtp.prune(model.module, ...)")
     config = getattr(model, "config", model)
     names = [
         getattr(config, "model_type", ""),
@@ -76,25 +78,11 @@ def one_line(where: str) -> Iterator[None]:
         raise ModelError(reason(where, error)) from error
 
 
-@contextmanager
-def replaced(module: nn.Module, function: Callable, name: str = "forward") -> Iterator[None]:
-    """Give one module instance another forward for as long as the context lasts."""
-    before = module.__dict__.get(name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(module, name)
-        else:
-            setattr(module, name, before)
-
-
-@dataclass
 class VisionRun:
-    """Cuts of the last image batch through a vision tower."""
+    """Cuts of the last image batch through a vision tower, and the tokens that left it."""
 
-    vision: list = None
+    vision = Latest()
+    tokens = Latest()
 
     @property
     def trace(self) -> VisionRun:

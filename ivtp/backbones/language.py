@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.backbones.llama import Keys, Llama
-from ivtp.backbones.transformers_attention import asking
 from ivtp.pruning.pruner import Plan, Pruner
 from ivtp.pruning.tokens import Tokens
 from ivtp.pruning.traverse import Kept, traverse
@@ -92,7 +91,7 @@ def compiled(how: str | Mapping) -> Callable[..., Prefilled]:
         if asks:
             raise UserError(f"compile={how}: this method cannot be one graph, since {asks}; run it without compile")
         torch.compiler.cudagraph_mark_step_begin()
-        with asking(), torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
+        with torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
             made = graph(decoder, head, plan, *told)
         # What a CUDA graph returns lies in its own memory, which the next run writes over. Keys and values are copied
         # into the cache anyway.

@@ -17,6 +17,7 @@ from ivtp.backbones.llama import Keys, Llama
 from ivtp.backbones.looks import Seen, look, looks_of
 from ivtp.backbones.packed import PackedLinear
 from ivtp.backbones.pictures import Front, Picture
+from ivtp.backbones.replacing import Latest
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.trace import Trace, merged, pad_left
 from ivtp.backbones.transformers_attention import CACHE
@@ -53,6 +54,8 @@ class PrunedModel:
     shared    keeps what the tower answers for other plans; None: every plan looks for itself
     truth     for an oracle: "b v", True on the visual tokens that each question is about
     """
+
+    trace = Latest()
 
     def __init__(
         self,
