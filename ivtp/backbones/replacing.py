@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 
+import torch
 from torch import nn
 
 from ivtp.registry import UserError
@@ -44,6 +45,7 @@ class Replaced:
     def _dispatch(self, name: str) -> Callable:
         plain = getattr(self.module, name)
 
+        @torch.compiler.disable  # a graph of the whole model would hold one context's plan; see `PrunedModel.compile`
         @wraps(plain)
         def call(*args, **kwargs):
             entry = self.in_force()
