@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ivtp.backbones import ModelError, VisionRun, timm_vit
 from ivtp.backbones.clip_vit import sample_number, score_bias, shrink, spread
-from ivtp.backbones.replacing import replaced, set_to
+from ivtp.backbones.replacing import own, replaced, set_to
 from ivtp.backbones.timm_vit import mean_for_padding
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.cost import Layers, Shape
@@ -173,6 +173,6 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iter
     def pool(x):
         return plain_pool(mean_for_padding(x, run.tokens, prefix=False))
 
-    plain_pool = visual._global_pool
+    plain_pool = own(visual, "_global_pool")
     with replaced(visual, forward=forward, _global_pool=pool):
         yield run

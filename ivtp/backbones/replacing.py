@@ -37,13 +37,14 @@ class Replaced:
         self.module, self.entries = module, []
         # Layers are given masks and sizes for the length of one call, so that a model serves one call at a time.
         self.call_lock = threading.RLock()
+        self.plain = {name: getattr(module, name) for name in names}
         self.given = {name: self._dispatch(name) for name in names}
         self.given |= {"__reduce_ex__": self._reduce, "_replicate_for_data_parallel": self._refuse}
         self.before = {name: vars(module)[name] for name in self.given if name in vars(module)}
         vars(module).update(self.given)
 
     def _dispatch(self, name: str) -> Callable:
-        plain = getattr(self.module, name)
+        plain = self.plain[name]
 
         @torch.compiler.disable  # a graph of the whole model would hold one context's plan; see `PrunedModel.compile`
         @wraps(plain)
@@ -106,6 +107,12 @@ def replaced(module: nn.Module, **functions: Callable) -> Iterator[None]:
                 del _replaced[module]
 
 
+def own(module: nn.Module, name: str) -> Callable:
+    """The module's own function of that name, whatever contexts are open."""
+    state = _replaced.get(module)
+    return getattr(module, name) if state is None else state.plain[name]
+
+
 @contextmanager
 def set_to(value: object, module: nn.Module, name: str) -> Iterator[None]:
     """Within the context an attribute of `module` has another value."""
@@ -120,13 +127,16 @@ def set_to(value: object, module: nn.Module, name: str) -> Iterator[None]:
 class Latest:
     """An attribute of which each thread reads what it set last, or, if it set none, what any thread did."""
 
+    def __init__(self, first: object = None) -> None:
+        self.first = first
+
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def __get__(self, instance: object | None, owner: type | None = None):
         if instance is None:
             return self
-        own, last = vars(instance).get(self.name, (None, None))
+        own, last = vars(instance).get(self.name, (None, self.first))
         return getattr(own, "value", last)
 
     def __set__(self, instance: object, value: object) -> None:

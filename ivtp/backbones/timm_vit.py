@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ivtp.backbones import ModelError, VisionRun, kernel_calls
 from ivtp.backbones.clip_vit import sample_number, score_bias, shrink, spread
-from ivtp.backbones.replacing import replaced, set_to
+from ivtp.backbones.replacing import own, replaced, set_to
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.pruner import Plan
@@ -230,6 +230,6 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iter
         with unseen(model.attn_pool, run.tokens, pools_prefix(model)):
             return plain_pool(x, *args, **kwargs)
 
-    plain_pool = model.pool
+    plain_pool = own(model, "pool")
     with replaced(model, forward_features=forward_features, pool=pool):
         yield run

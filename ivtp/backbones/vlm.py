@@ -55,7 +55,7 @@ class PrunedModel:
     truth     for an oracle: "b v", True on the visual tokens that each question is about
     """
 
-    trace = Latest()
+    trace = Latest(Trace())
 
     def __init__(
         self,
@@ -72,7 +72,6 @@ class PrunedModel:
         self.guide, self.read_at, self.part, self.shared, self.truth = guide, read_at, part, shared, truth
         self.core = model.model
         self.decoder = self.core.language_model
-        self.trace = Trace()
         self.vision_batch: int | None = None
         """Crops that go through the tower at once; None: all of a batch."""
         self.prefill = prefill
