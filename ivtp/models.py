@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from threading import Lock
 
 from torch import Tensor, nn
 
@@ -206,6 +207,10 @@ class Pruning(ContextDecorator):
         return self._context.__exit__(*error)
 
 
+_opening = Lock()
+"""Contexts open one by one: the first may load a text encoder, which transformers cannot do in two threads at once."""
+
+
 @contextmanager
 def _prune(model, pruner, instruction, read_early, part, shared, truth, settings) -> Iterator:
     shape = shape_of(model)
@@ -222,5 +227,7 @@ def _prune(model, pruner, instruction, read_early, part, shared, truth, settings
     more = {name: value for name, value in (("shared", shared), ("truth", truth)) if value is not None}
     # A tower alone has one size of images; a model that reads several asks for a plan for each.
     given = plan if shape.language is None else pruner
-    with family(model).prune(model, given, instruction, read_at, part, **more) as run:
+    with ExitStack() as stack:
+        with _opening:
+            run = stack.enter_context(family(model).prune(model, given, instruction, read_at, part, **more))
         yield run
