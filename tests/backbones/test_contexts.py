@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import pickle
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -190,6 +193,35 @@ def test_contexts_nest_and_may_be_closed_in_any_order():
         assert torch.equal(logits(model, rows), unpruned)
 
 
+def test_asyncio_tasks_have_contexts_of_their_own():
+    """They take turns in one thread, and hand the work of a context to others."""
+    model, rows = llava(), inputs()
+    plans = [plan_of("fastv", model), plan_of("topk", model)]
+
+    async def pruned(plan):
+        with ivtp.prune(model, plan):
+            await asyncio.sleep(0.01)
+            here = logits(model, rows)
+            return here, await asyncio.to_thread(logits, model, rows)
+
+    async def both():
+        return await asyncio.gather(*map(pruned, plans))
+
+    alone = [asyncio.run(pruned(plan))[0] for plan in plans]
+    with untouched(model):
+        for found, expected in zip(asyncio.run(both()), alone, strict=True):
+            assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
+
+
+def test_a_context_that_nobody_closed_ends_with_its_last_reference():
+    model = llava()
+    with untouched(model):
+        context = ivtp.prune(model, "fastv", keep=5)
+        context.__enter__()
+        del context
+        gc.collect()
+
+
 def test_a_context_is_entered_once():
     model = llava()
     context = ivtp.prune(model, "fastv", keep=5)
@@ -258,6 +290,18 @@ def test_a_copy_taken_inside_is_not_pruned(kind):
         with ivtp.prune(other, plan):
             assert torch.equal(answer(other), pruned)
         assert torch.equal(answer(other), unpruned)
+
+
+def test_a_forward_that_the_model_had_of_its_own_comes_back():
+    """accelerate gives the parts of a model on several devices a forward each."""
+    model, rows = deepcopy(llava()), inputs()
+    core = model.model
+    core.forward = given = partial(type(core).forward, core)
+    unpruned = model(**rows).logits
+    with untouched(model), ivtp.prune(model, "fastv", keep=5):
+        assert not torch.equal(model(**rows).logits[:, -1], unpruned[:, -1])
+        assert isinstance(deepcopy(model).model.forward, partial)
+    assert core.forward is given and torch.equal(model(**rows).logits, unpruned)
 
 
 def test_a_model_is_saved_as_it_is(tmp_path):
