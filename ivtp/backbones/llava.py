@@ -147,8 +147,10 @@ def pruned(model: nn.Module, front, planner, instruction, read_at, part, shared,
         guide.instructions = [instruction] if isinstance(instruction, str) else instruction
     run = PrunedModel(model, front, planner, guide, read_at, part, shared, truth)
     # `generate` of newer transformers encodes images by itself before the prefill, unless the model cannot take that.
-    whole_prefill = replaced(model, _supports_mm_encoder_outputs=lambda: False)
-    with replaced(model.model, forward=run.forward), whole_prefill:
+    whole_prefill = (
+        {"_supports_mm_encoder_outputs": lambda: False} if hasattr(model, "_supports_mm_encoder_outputs") else {}
+    )
+    with replaced(model.model, forward=run.forward), replaced(model, **whole_prefill):
         yield run
 
 
