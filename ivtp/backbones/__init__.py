@@ -5,8 +5,6 @@ A family is one module with `shape(model_or_config) → Shape` and `prune(model,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
