@@ -14,6 +14,7 @@ from ivtp.backbones import ModelError, family, replaced
 from ivtp.backbones.clip_vit import ClipVit
 from ivtp.backbones.companions import guide_for, text_sizes
 from ivtp.backbones.decoders import decoder_layers
+from ivtp.backbones.generating import generating
 from ivtp.backbones.pictures import Front, Layout, Picture
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.siglip_vit import SiglipVit
@@ -57,6 +58,7 @@ class LlavaFront:
     """
 
     renumbers = True
+    counts_padding = True
 
     def __init__(self, model: nn.Module, images: Images) -> None:
         self.core, self.config, self.images = model.model, model.config, images
@@ -142,9 +144,7 @@ def pruned(model: nn.Module, front, planner, instruction, read_at, part, shared,
     if guide is not None:
         guide.instructions = [instruction] if isinstance(instruction, str) else instruction
     run = PrunedModel(model, front, planner, guide, read_at, part, shared, truth)
-    # `generate` of newer transformers encodes images by itself before the prefill, unless the model cannot take that.
-    whole_prefill = replaced(model, lambda: False, "_supports_mm_encoder_outputs")
-    with replaced(model.model, run.forward), whole_prefill:
+    with replaced(model.model, run.forward), generating(model, outline):
         yield run
 
 

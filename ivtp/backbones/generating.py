@@ -1,0 +1,125 @@
+"""Calls of a whole model around its pruned forward: the arguments of its LM head, and the loops of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from inspect import signature
+
+from torch import Tensor, nn
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from ivtp.backbones import replaced
+from ivtp.backbones.pruned_cache import is_pruned, next_position
+from ivtp.backbones.transformers_attention import CACHE
+from ivtp.pruning.pruner import Plan
+from ivtp.registry import UserError
+
+
+@contextmanager
+def generating(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Replace the methods of one model instance that would be wrong around a pruned forward; restored on exit."""
+    methods = {
+        "forward": checked_forward,
+        "prepare_inputs_for_generation": checked_inputs,
+        "_get_candidate_generator": late_candidates,
+    }
+    if hasattr(model.model, "rope_deltas"):
+        methods["_prepare_position_ids_for_generation"] = own_positions
+    with ExitStack() as stack:
+        for name, around in methods.items():
+            # Inside another context the model's own method is the one below that context's.
+            method = getattr(model, name)
+            method = getattr(method, "unpruned", method)
+            replacement = around(model, plan, method)
+            replacement.unpruned = method
+            stack.enter_context(replaced(model, replacement, name))
+        # `generate` of newer transformers encodes images by itself before the prefill, unless the model cannot take that.
+        stack.enter_context(replaced(model, lambda: False, "_supports_mm_encoder_outputs"))
+        yield
+
+
+def checked_forward(model: nn.Module, plan: Plan, forward: Callable) -> Callable:
+    """Refuse arguments that count the tokens of a prompt of which fewer are left behind the language model."""
+    names = list(signature(forward).parameters)
+
+    @wraps(forward)
+    def call(*args, **kwargs):
+        given = dict(zip(names, args, strict=False)) | kwargs
+        cache = given.get("cache", given.get("past_key_values"))
+        if plan.prunes and (cache is None or cache.get_seq_length() == 0):
+            if given.get("labels") is not None:
+                raise UserError(
+                    "labels: pruning shortens the prompt, and the answer must not take part in it; prefill the prompt, "
+                    "then pass the answer as input_ids and labels together with the cache"
+                )
+            if isinstance(given.get("logits_to_keep"), Tensor):
+                raise UserError(
+                    "logits_to_keep counts the tokens of the prompt, of which pruning leaves fewer; give a number, which "
+                    "counts from the end"
+                )
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def checked_inputs(model: nn.Module, plan: Plan, prepare: Callable) -> Callable:
+    """Refuse to choose the tokens anew at every step, by other references than the prompt's."""
+
+    @wraps(prepare)
+    def call(*args, **kwargs):
+        again = kwargs.get("is_first_iteration") is False and kwargs.get(CACHE) is None
+        if again and (plan.language is not None or plan.needs_guide):
+            raise UserError(
+                "use_cache=False: this method would choose other tokens at every step, from the answer so far; leave "
+                "use_cache out, or generate one token (max_new_tokens=1)"
+            )
+        return prepare(*args, **kwargs)
+
+    return call
+
+
+def late_candidates(model: nn.Module, plan: Plan, generator_of: Callable) -> Callable:
+    """Assisted generation drafts from the second step on: drafted tokens are no part of the prompt that is pruned."""
+
+    @wraps(generator_of)
+    def call(*args, **kwargs):
+        return LateCandidates(generator_of(*args, **kwargs))
+
+    return call
+
+
+class LateCandidates(CandidateGenerator):
+    """Another generator whose first candidates are left out."""
+
+    def __init__(self, generator: CandidateGenerator) -> None:
+        self.generator, self.first = generator, True
+
+    def __getattr__(self, name: str):
+        return getattr(self.generator, name)
+
+    def get_candidates(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        candidates = self.generator.get_candidates(input_ids, **kwargs)
+        if self.first:
+            self.first = False
+            return input_ids, None
+        return candidates
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def own_positions(model: nn.Module, plan: Plan, positions_of: Callable) -> Callable:
+    """M-RoPE counts on from the offset of the last prompt that the model saw; a cache brings that of its own."""
+
+    @wraps(positions_of)
+    def call(inputs_tensor, model_kwargs):
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+        if is_pruned(cache):
+            length = cache.get_seq_length()
+            real = length if mask is None else mask[:, :length].sum(1, keepdim=True)
+            model.model.rope_deltas = next_position(cache) - real
+        return positions_of(inputs_tensor, model_kwargs)
+
+    return call
