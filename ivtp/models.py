@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ivtp.backbones import LANGUAGE, ModelError, family, one_line
+from ivtp.backbones import LANGUAGE, ModelError, family, one_line, unwrapped
 from ivtp.backbones.shared import SharedVision
 from ivtp.pruners.planner import Fixed, Planner
 from ivtp.pruners.sites import part1_layers
@@ -66,7 +66,7 @@ def load_model(
         model = model.to(device)
     if pack:
         packed.pack(model)
-    accompany(model, processor, text_encoder or _clip_inside(where), pack)
+    accompany(unwrapped(model), processor, text_encoder or _clip_inside(where), pack)
     return model, processor
 
 
@@ -136,6 +136,7 @@ def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
 
     image  height and width in pixels of an image, for families whose number of tokens depends on it; None: a usual one
     """
+    model = unwrapped(model)
     shape = family(model).shape
     if image is None:
         return shape(model)
@@ -179,6 +180,7 @@ def prune(
     Yields a run whose `trace` tells which tokens each cut of the last prefill kept. On exit, by an exception too, the
     model is what it was before.
     """
+    model = unwrapped(model)
     shape = shape_of(model)
     if isinstance(pruner, str):
         pruner = Planner(pruner, shape, settings)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import signature
 
+import torch
 from torch import Tensor, nn
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -44,6 +45,7 @@ def checked_forward(model: nn.Module, plan: Plan, forward: Callable) -> Callable
     """Refuse arguments that count the tokens of a prompt of which fewer are left behind the language model."""
     names = list(signature(forward).parameters)
 
+    @torch.compiler.disable
     @wraps(forward)
     def call(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -65,16 +67,19 @@ def checked_forward(model: nn.Module, plan: Plan, forward: Callable) -> Callable
 
 
 def checked_inputs(model: nn.Module, plan: Plan, prepare: Callable) -> Callable:
-    """Refuse to choose the tokens anew at every step, by other references than the prompt's."""
+    """Refuse to choose the tokens anew at every step, by other references than the prompt's; and let a model that
+    assists another see the images, which transformers drops from its calls."""
 
     @wraps(prepare)
     def call(*args, **kwargs):
-        again = kwargs.get("is_first_iteration") is False and kwargs.get(CACHE) is None
-        if again and (plan.language is not None or plan.needs_guide):
+        first, cache = kwargs.get("is_first_iteration", False), kwargs.get(CACHE)
+        if cache is None and not first and (plan.language is not None or plan.needs_guide):
             raise UserError(
                 "use_cache=False: this method would choose other tokens at every step, from the answer so far; leave "
                 "use_cache out, or generate one token (max_new_tokens=1)"
             )
+        if cache is not None and cache.get_seq_length() == 0:
+            kwargs["is_first_iteration"] = True
         return prepare(*args, **kwargs)
 
     return call

@@ -144,7 +144,9 @@ def pruned(model: nn.Module, front, planner, instruction, read_at, part, shared,
     if guide is not None:
         guide.instructions = [instruction] if isinstance(instruction, str) else instruction
     run = PrunedModel(model, front, planner, guide, read_at, part, shared, truth)
-    with replaced(model.model, run.forward), generating(model, outline):
+    # A graph of torch.compile around the model breaks here: `run.compile` makes a better one.
+    forward = torch.compiler.disable(run.forward)
+    with replaced(model.model, forward), generating(model, outline):
         yield run
 
 
