@@ -64,8 +64,9 @@ class Llama:
         )
         if self.remembers:
             self.memory.append((k, v))
-        attention = Attention(q, k, v, block.self_attn.scaling, score_bias(tokens, bias), causal=True)
-        return tokens.x + output, attention
+        # Text that follows a cache is not pruned: nothing reads its attention, whose bias would have to cover all keys.
+        bias = None if self.cache is not None else score_bias(tokens, bias)
+        return tokens.x + output, Attention(q, k, v, block.self_attn.scaling, bias, causal=True)
 
     def peek(self, layer: int, tokens: Tokens) -> Attention:
         block = self.layers[layer]
