@@ -170,9 +170,7 @@ class PrunedModel:
         remembers = cache is not None
         if len(groups) == 1:
             (rows,) = groups.values()
-            hidden, memory, keys, trace = self._read(
-                input_ids, valid, padded, positions, rows, held, looks, remembers
-            )
+            hidden, memory, keys, trace = self._read(input_ids, valid, padded, positions, rows, held, looks, remembers)
         else:
             # Prompts with other images than their neighbours' go through by themselves: every count of tokens is then
             # the same for all of a batch, in every method, and nothing depends on who else is in it.
@@ -214,7 +212,9 @@ class PrunedModel:
             )
         check_continuation(cache, self.origin, input_ids, attention_mask)
         n = input_ids.shape[1]
-        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask[:, -n:].bool()
+        valid = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask[:, -n:].bool()
+        )
         padded = attention_mask is not None and not bool(valid.all())
         following = next_position(cache)
         if position_ids is not None:
@@ -366,4 +366,3 @@ class PrunedModel:
         with self.part("text_encoder"):
             fit = self.guide.fit(input_ids, valid, seen.joint(), (rows, batch))
         return torch.zeros_like(tokens.size).scatter(1, tokens.visual_index, fit.to(tokens.size.dtype))
-

@@ -70,7 +70,8 @@ def test_turns_go_on_as_if_the_whole_conversation_were_recomputed(kind, name):
         asked = torch.cat([out.sequences, more], 1)
         out, third = answer(model, cache=cache, input_ids=asked[:, start:], attention_mask=mask3)
         assert cache.get_seq_length() == mask3.shape[1] + 2  # the last token of an answer is not in the cache
-        if name == "tome":  # merged tokens have no mask; its tower does not read the text, so that all is prefilled anew
+        if name == "tome":
+            # No mask equals a merge. Its tower does not read the text, so that a new prefill merges the same tokens.
             anew = {k: v for k, v in first.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
             for ids, mask, logits in ((whole, mask2, second), (asked, mask3, third)):
                 types = {}
@@ -138,7 +139,7 @@ def crops(monkeypatch):
 def test_assisted_generation_decodes_the_same(kind, name, crops):
     """Drafts that are accepted and drafts that are rejected, by prompt lookup and by a model: they are no part of the
     prompt, so the same image tokens stay, and a rejection leaves no key behind."""
-    model, processor, _ = family(kind)
+    model = family(kind)[0]
     first = encode(kind, [TEXTS[1] + TEXTS[1]], [[photo(35, 35) if kind == "llava" else photo(84, 42)]])
     asked = settings(kind, name)
     with ivtp.prune(model, name, **asked) as run:
@@ -201,7 +202,8 @@ def test_other_ways_to_ask_give_the_same_answer():
         assert "".join(streamer) == text
         thread.join()
         cache = model.forward(**first, use_cache=True)[CACHE]
-        steps = [model.forward(input_ids=token, **{CACHE: cache}).logits for token in plain.sequences[:, -3:-1].split(1, 1)]
+        decoded = plain.sequences[:, -3:-1].split(1, 1)
+        steps = [model.forward(input_ids=token, **{CACHE: cache}).logits for token in decoded]
         assert run.trace.kept.position.shape[1] == 11
     for out in ways:
         assert torch.equal(out.sequences, plain.sequences)
@@ -263,7 +265,10 @@ def continued(model, first, **asked):
 
 REFUSED = {
     "a new image": (lambda m, b: continued(m, b, **b | {"input_ids": doubled(b)}), "only a conversation's first call"),
-    "new tokens with their own mask": (lambda m, b: continued(m, b, input_ids=b["input_ids"][:, -7:]), "no token follows"),
+    "new tokens with their own mask": (
+        lambda m, b: continued(m, b, input_ids=b["input_ids"][:, -7:]),
+        "no token follows",
+    ),
     "a mask of another length": (
         lambda m, b: continued(m, b, input_ids=b["input_ids"][:, -7:], attention_mask=torch.zeros(1, 9).long()),
         "attention_mask has 9 columns",
@@ -327,7 +332,7 @@ def test_a_cache_is_continued_only_by_what_filled_it(kind):
         lambda: model(input_ids=token, **{CACHE: cache}),
         lambda: model.generate(input_ids=torch.cat([first["input_ids"], token], 1), max_new_tokens=1, **{CACHE: cache}),
     ):
-        with pytest.raises(UserError, match="inside ivtp.prune") as error:
+        with pytest.raises(UserError, match="continue it inside") as error:
             use()
         assert "\n" not in str(error.value)
 
@@ -378,13 +383,14 @@ def test_lora_is_pruned_as_the_merged_model():
 
     first = inputs(SENTENCES[:2])
     for task in (None, "CAUSAL_LM"):
-        wrapped = get_peft_model(make_llava(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=task)).eval()
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=task)
+        wrapped = get_peft_model(make_llava(), lora).eval()
         for name, weight in wrapped.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
         assert ivtp.shape_of(wrapped) == ivtp.shape_of(make_llava())
         with ivtp.prune(wrapped, "fastv", keep=KEEP) as run:
-            out, logits = answer(wrapped, **first)
+            logits = answer(wrapped, **first)[1]
         merged = wrapped.merge_and_unload()
         with ivtp.prune(merged, "fastv", keep=KEEP) as expected:
             close(logits, answer(merged, **first)[1], 1e-4)
