@@ -9,7 +9,6 @@ from inspect import signature
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.candidate_generator import CandidateGenerator
 
 from ivtp.backbones import replaced
 from ivtp.backbones.pruned_cache import is_pruned, next_position
@@ -90,29 +89,18 @@ def late_candidates(model: nn.Module, plan: Plan, generator_of: Callable) -> Cal
 
     @wraps(generator_of)
     def call(*args, **kwargs):
-        return LateCandidates(generator_of(*args, **kwargs))
+        generator = generator_of(*args, **kwargs)
+        draft = generator.get_candidates
+
+        def none_yet(input_ids: Tensor, **more) -> tuple[Tensor, None]:
+            draft(input_ids, **more)  # an assistant reads the prompt
+            generator.get_candidates = draft
+            return input_ids, None
+
+        generator.get_candidates = none_yet
+        return generator
 
     return call
-
-
-class LateCandidates(CandidateGenerator):
-    """Another generator whose first candidates are left out."""
-
-    def __init__(self, generator: CandidateGenerator) -> None:
-        self.generator, self.first = generator, True
-
-    def __getattr__(self, name: str):
-        return getattr(self.generator, name)
-
-    def get_candidates(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        candidates = self.generator.get_candidates(input_ids, **kwargs)
-        if self.first:
-            self.first = False
-            return input_ids, None
-        return candidates
-
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
 def own_positions(model: nn.Module, plan: Plan, positions_of: Callable) -> Callable:

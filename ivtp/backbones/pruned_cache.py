@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ivtp.backbones.trace import pad_left
+from ivtp.backbones.transformers_attention import CACHE
 from ivtp.registry import UserError
 
 Memory = list[tuple[Tensor, Tensor]]
@@ -138,7 +139,7 @@ def check_continuation(cache: DynamicCache, origin: Origin, input_ids: Tensor, a
     """Refuse tokens that cannot follow the text that the cache holds."""
     if not is_pruned(cache) or cache.layers[0].origin != origin:
         raise UserError(
-            "this key-value cache was not filled under the pruning that is in force; start without past_key_values"
+            f"this key-value cache was not filled under the pruning that is in force; start without {CACHE}"
         )
     (rows, n), length = input_ids.shape, cache.get_seq_length()
     if len(cache.layers[0].shift) != rows:

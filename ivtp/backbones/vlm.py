@@ -208,7 +208,7 @@ class PrunedModel:
         if inputs.get("pixel_values") is not None:
             raise UserError(
                 "pixel_values with a key-value cache: only a conversation's first call can bring images; leave "
-                "pixel_values out if the cache holds them, or give the whole conversation without past_key_values"
+                f"pixel_values out if the cache holds them, or give the whole conversation without {CACHE}"
             )
         check_continuation(cache, self.origin, input_ids, attention_mask)
         n = input_ids.shape[1]
