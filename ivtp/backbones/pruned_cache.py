@@ -110,9 +110,15 @@ class PrunedLayer(DynamicLayer):
         self.shift = select(self.shift)
 
 
-def fill(cache: DynamicCache, memory: Memory, keys: Sequence[Keys], length: int, **known) -> None:
-    """Put what every layer saw of a prompt of `length` tokens into an empty cache, in place."""
-    cache.layers[:] = [PrunedLayer(length - seen.valid.shape[1], seen, **known) for seen in keys]
+def fill(
+    cache: DynamicCache, memory: Memory, keys: Sequence[Keys], positions: Tensor, image: Tensor, origin: Origin
+) -> None:
+    """Put what every layer saw of a prompt into an empty cache, in place; `image` "b n": its image tokens."""
+    n = image.shape[1]
+    # An image token at the end leaves 0, no image at all the whole prompt.
+    tail = image.flip(1).int().argmax(1).masked_fill(~image.any(1), n).min()
+    shift = behind(positions) - n
+    cache.layers[:] = [PrunedLayer(n - seen.valid.shape[1], seen, shift, tail, origin) for seen in keys]
     for number, keys_values in enumerate(memory):
         cache.update(*keys_values, number)
 

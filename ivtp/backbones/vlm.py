@@ -189,11 +189,8 @@ class PrunedModel:
             trace = merged(traces, [len(rows) for rows in groups.values()], order)
         self.trace = replace(trace, vision=vision)
         if cache is not None:
-            n = input_ids.shape[1]
             image = (input_ids == self.model.config.image_token_id) & valid
-            # An image that is the last token leaves 0, no image at all the whole prompt.
-            tail = image.flip(1).int().argmax(1).masked_fill(~image.any(1), n).min()
-            fill(cache, memory, keys, n, shift=behind(positions) - n, tail=tail, origin=self.origin)
+            fill(cache, memory, keys, positions, image, self.origin)
         whole = next(iter(looks.values()))[1].features if len(looks) == 1 else None
         return PrunedOutput(
             last_hidden_state=hidden,
@@ -215,7 +212,8 @@ class PrunedModel:
         valid = (
             torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask[:, -n:].bool()
         )
-        padded = attention_mask is not None and not bool(valid.all())
+        # Asked of the new tokens only where the answer matters: a GPU makes all wait for it.
+        padded = attention_mask is not None and (cache.layers[0].keys_seen.padded or not bool(valid.all()))
         following = next_position(cache)
         if position_ids is not None:
             check_positions(position_ids, valid, following)
