@@ -13,7 +13,7 @@ from threading import Lock
 
 from torch import Tensor, nn
 
-from ivtp.backbones import LANGUAGE, ModelError, family
+from ivtp.backbones import LANGUAGE, ModelError, family, unwrapped
 from ivtp.backbones.checkpoints import check_finite, check_weight_files, read_config
 from ivtp.backbones.hub import SMALL, WEIGHTS, fetch, one_line
 from ivtp.backbones.image_inputs import configure, limit_crops, warn_if_cropped
@@ -87,7 +87,7 @@ def load_model(
     if pack:
         packed.pack(model)
     limit = configure(model, processor, image_padding, max_crops)
-    accompany(model, processor, text_encoder or _clip_inside(where), pack, limit)
+    accompany(unwrapped(model), processor, text_encoder or _clip_inside(where), pack, limit)
     return model, processor
 
 
@@ -153,6 +153,7 @@ def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
 
     image  height and width in pixels of an image, for families whose number of tokens depends on it; None: a usual one
     """
+    model = unwrapped(model)
     shape = family(model).shape
     if image is None:
         return shape(model)
@@ -233,6 +234,7 @@ _opening = Lock()
 
 @contextmanager
 def _prune(model, pruner, instruction, read_early, part, shared, truth, settings) -> Iterator:
+    model = unwrapped(model)
     shape = shape_of(model)
     if pruner is None:
         pruner = "none"

@@ -42,6 +42,17 @@ class ModelError(UserError):
     """A model that is not there, not readable or not supported."""
 
 
+def unwrapped(model):
+    """The model inside the wrappers of torch.compile and PEFT."""
+    while True:
+        if "_orig_mod" in getattr(model, "_modules", ()):
+            model = model._orig_mod
+        elif isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def family(model) -> ModuleType:
     """The module of a model's (or config's) family; raises ModelError for one that is not supported."""
     if isinstance(getattr(model, "module", None), nn.Module):

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from ivtp.backbones.llama import Keys, Llama
+from ivtp.backbones.llama import Llama
+from ivtp.backbones.pruned_cache import Keys, Memory
 from ivtp.pruning.pruner import Plan, Pruner
 from ivtp.pruning.tokens import Tokens
 from ivtp.pruning.traverse import Kept, traverse
@@ -30,7 +31,7 @@ class Prefilled:
 
     hidden: Tensor
     keys: list[Keys]
-    memory: list[tuple[Tensor, Tensor]]
+    memory: Memory
     cuts: list[Kept]
     early: Tensor | None
 

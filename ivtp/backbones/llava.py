@@ -14,6 +14,7 @@ from ivtp.backbones import ModelError, family
 from ivtp.backbones.clip_vit import ClipVit
 from ivtp.backbones.companions import guide_for, text_sizes
 from ivtp.backbones.decoders import decoder_layers
+from ivtp.backbones.generating import generating
 from ivtp.backbones.pictures import Front, Layout, Picture
 from ivtp.backbones.replacing import replaced
 from ivtp.backbones.shared import SharedVision
@@ -59,6 +60,7 @@ class LlavaFront:
     """
 
     renumbers = True
+    counts_padding = True
 
     def __init__(self, model: nn.Module, images: Images) -> None:
         self.core, self.config, self.images = model.model, model.config, images
@@ -146,11 +148,7 @@ def pruned(model: nn.Module, front, planner, instruction, read_at, part, shared,
     if guide is not None:
         guide.instructions = [instruction] if isinstance(instruction, str) else instruction
     run = PrunedModel(model, front, planner, guide, read_at, part, shared, truth)
-    # `generate` of newer transformers encodes images by itself before the prefill, unless the model cannot take that.
-    whole_prefill = (
-        {"_supports_mm_encoder_outputs": lambda: False} if hasattr(model, "_supports_mm_encoder_outputs") else {}
-    )
-    with replaced(model.model, forward=run.forward), replaced(model, **whole_prefill):
+    with replaced(model.model, forward=run.forward), generating(model, outline):
         yield run
 
 
