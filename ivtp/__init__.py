@@ -13,6 +13,7 @@ _PUBLIC = {
     "load_model": "ivtp.models",
     "prune": "ivtp.models",
     "shape_of": "ivtp.models",
+    "patch_boxes": "ivtp.backbones.image_inputs",
     "load_pruner": "ivtp.pruners",
     "list_pruners": "ivtp.pruners",
     "register_pruner": "ivtp.pruners",

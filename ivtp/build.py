@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ivtp.backbones.companions import text_checkpoint
+from ivtp.backbones.image_inputs import limit_crops, padding_of
 from ivtp.data.batches import CHAT, Collate, QuestionData
 from ivtp.encoders import EMBEDDED_ENCODERS
 from ivtp.models import EMBEDDED, load_model, shape_of, source_shape
@@ -43,14 +46,18 @@ class Row:
 
 
 def quiet_libraries() -> None:
-    """Libraries talk about things that this run does on purpose; warnings of our own stay."""
+    """Libraries talk about things that this run does on purpose; warnings of our own and bars of downloads stay."""
     import logging
     import warnings
 
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    without_bars = are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of huggingface_hub too
+    if not without_bars:
+        enable_progress_bars()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -80,6 +87,8 @@ def build_model(config: DictConfig, device: str = "cpu"):
         load_in_4bit=c.get("load_in_4bit", False),
         trust_remote_code=c.get("trust_remote_code", False),
         pack=config.trainer.pack,
+        image_padding=c.get("image_padding"),
+        max_crops=c.get("max_crops"),
     )
 
 
@@ -94,9 +103,13 @@ def build_shape(config: DictConfig) -> Shape:
         return build_encoder_shape(config)
     c = config.model
     settings = OmegaConf.to_container(c.get("config") or OmegaConf.create({}))
-    if settings:
-        return shape_of(AutoConfig.for_model(**settings), usual_image(config))
-    return source_shape(c.source, c.text_encoder, c.revision, usual_image(config))
+    crops = c.get("max_crops")
+    if not settings:
+        return source_shape(c.source, c.text_encoder, c.revision, usual_image(config), crops)
+    model = AutoConfig.for_model(**settings)
+    if crops is not None:
+        limit_crops(model, crops)
+    return shape_of(model, usual_image(config))
 
 
 def usual_image(config: DictConfig) -> tuple[int, int] | None:
@@ -109,8 +122,22 @@ def usual_image(config: DictConfig) -> tuple[int, int] | None:
     return image[0], image[1]
 
 
-def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> QuestionData:
-    """The data module of `config.data`."""
+def context_of(model) -> int | None:
+    """The most positions that the language model was made for, as its config states them; None where it states none."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    stated = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor, trained = rope.get("factor"), rope.get("original_max_position_embeddings") or stated
+    if not stated or not factor:
+        return stated
+    return max(stated, round(factor * trained))  # some configs state the length before RoPE was stretched
+
+
+def build_data(
+    config: DictConfig, processor, shape: Shape, batch_size: int, context: int | None = None
+) -> QuestionData:
+    """The data module of `config.data`; longer prompts than `context` are refused."""
     c = config.data
     if is_encoder(config):
         from ivtp.build_images import build_images
@@ -120,13 +147,13 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
         from ivtp.data.scenes import Scenes
 
         try:
-            data = Scenes(c.split, c.scenes, c.seed)
+            data = Scenes(c.split, c.scenes, c.seed, shape.patches)
         except ValueError as error:
             raise UserError(f"data: {error}") from error
     elif c.name == "folder":
         from ivtp.data.questions import Questions
 
-        data = Questions(c.path, shape.patches)
+        data = Questions(c.path, shape.patches, c.match, c.answers)
     elif c.name == "lmms":
         from ivtp.data.lmms import LmmsTask
 
@@ -138,7 +165,7 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
             f"data={c.name} asks nothing, but this model answers questions: data=scenes, folder, lmms; labelled images are "
             "for encoders (model=tiny_clip, deit_small, …)"
         )
-    collate, sort = Collate(processor, config.model.prompt), config.trainer.sort
+    collate, sort = Collate(processor, config.model.prompt, context), config.trainer.sort
     return QuestionData(data, collate, batch_size, c.limit, sort, shape.by_image)
 
 
@@ -196,12 +223,49 @@ def planner_of(row: dict, shape: Shape, settings: dict, keep: int | None) -> Pla
     return Planner(row["pruner"]["name"], shape, settings, None if counts else keep / shape.tokens)
 
 
-def model_identity(config: DictConfig, model) -> dict:
-    """What the results depend on of the model: its source, and a hash of its files or the revision of the hub."""
-    source = str(config.model.source)
+def model_identity(config: DictConfig, model, processor) -> dict:
+    """Source of the model, a hash of its files or its commit on the hub, its type, and how its processor makes images
+    square or limits their crops."""
+    source, commit = str(config.model.source), getattr(model, "_commit_hash", None)
     folder = Path((EMBEDDED | EMBEDDED_ENCODERS).get(source, source))
     files = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")] if folder.is_dir() else []
-    commit = getattr(getattr(model, "config", model), "_commit_hash", None)
     dtype = str(getattr(model, "dtype", None) or next(model.parameters()).dtype).removeprefix("torch.")
     more = {name: config.model[name] for name in ("library", "pretrained", "neighbours") if name in config.model}
-    return {"source": source, "hash": fingerprint(files) if files else commit, "dtype": dtype} | more
+    images = {"image_padding": padding_of(processor.image_processor), "max_crops": config.model.get("max_crops")}
+    more |= {name: value for name, value in images.items() if value is not None and not is_encoder(config)}
+    return {"source": source, "hash": commit or (fingerprint(files) if files else None), "dtype": dtype} | more
+
+
+def reads_text(row: Row) -> bool:
+    """Whether a row's method asks the text encoder."""
+    return row.plan.reads_clip or row.plan.reads_relevance
+
+
+def text_identity(model, rows: list[Row]) -> dict | None:
+    """Source of the model's text encoder, and a hash of its files or its commit; None where no row reads it.
+
+    Fetches the encoder if it is not here yet, so that what is wrong with it is said before the first sample.
+    """
+    checkpoint = text_checkpoint(model) if any(map(reads_text, rows)) else None
+    if checkpoint is None:
+        return None
+    files = [p for p in checkpoint.folder.iterdir() if p.suffix in (".safetensors", ".json")]
+    return {"source": checkpoint.source, "hash": checkpoint.commit or fingerprint(files)}
+
+
+def pruner_source(name: str) -> str | None:
+    """A hash of the source of a pruner of somebody else's; None for one of this package, whose code is hashed as a whole.
+
+    Covers the pruner's package, or for a single file those of its imports that lie beside it.
+    """
+    function = inspect.unwrap(PRUNERS[name])
+    top = function.__module__.partition(".")[0]
+    if top == __package__.partition(".")[0]:
+        return None
+    path = Path(inspect.getsourcefile(function))
+    folders = getattr(sys.modules[top], "__path__", None)
+    if folders is not None:
+        return fingerprint([file for folder in folders for file in Path(folder).rglob("*.py")])
+    beside = {getattr(module, "__file__", None) for module in list(sys.modules.values())} - {None}
+    files = {path, *(Path(file) for file in beside if Path(file).parent == path.parent)}
+    return fingerprint([path] if "site-packages" in path.parts else sorted(files))

@@ -37,18 +37,22 @@ WHOLE = {
     "data.max_new_tokens": 1,
     "logger.samples": 0,
     "viewer": 0,
+    "model.max_crops": 1,
 }
-NULLABLE = ("trainer.threads", "trainer.vision_batch", "data.limit")
+NULLABLE = ("trainer.threads", "trainer.vision_batch", "data.limit", "model.max_crops")
 CHOICES = {
     "trainer.device": ("auto", "cpu", "cuda"),
     "trainer.sort": (False, True),
     "trainer.pack": (False, True),
     "trainer.compile": (None, "default", "reduce-overhead"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model.image_padding": (None, "pad", "crop"),
     "position_ids": ("keep", "renumber"),
     "evaluate": (True, False),
     "measure": (True, False),
     "pictures": ("images", "questions"),
+    "data.match": ("exact", "vqa", "contains"),
+    "data.answers": ("any", "vqa"),
 }
 TEXTS = ("name", "output", "model.source", "model.prompt", "data.path", "data.task")
 
@@ -100,8 +104,17 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise _readable(error, overrides) from error
+    _forget_sizes(config, overrides)
     check(config)
     return config
+
+
+def _forget_sizes(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Sizes in a model's YAML are those of its own checkpoint: another `model.source` is read for its own."""
+    keys = {override.lstrip("+").partition("=")[0] for override in overrides}
+    for name in ("config", "architecture"):
+        if "model.source" in keys and name in config.model and not any(k.startswith(f"model.{name}") for k in keys):
+            config.model[name] = None
 
 
 def check(config: DictConfig) -> None:

@@ -72,7 +72,8 @@ def report(
     if not any(override.startswith("experiment=") for override in overrides):
         config.variants = []
     rows = list(variants(config))
-    name = next((o.partition("=")[2] for o in overrides if o.startswith("model=")), str(config.model.source))
+    given = dict(override.partition("=")[::2] for override in overrides)
+    name = given.get("model.source") or given.get("model") or str(config.model.source)
     found = closed_form(name, rows, shape, text, instruction, streamed)
     if json:
         return _json(found, convention)

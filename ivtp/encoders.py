@@ -11,7 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ivtp.backbones import ModelError, one_line
+from ivtp.backbones import ModelError
+from ivtp.backbones.checkpoints import check_finite, read_config
+from ivtp.backbones.hub import SMALL, WEIGHTS, Checkpoint, fetch, one_line
+from ivtp.backbones.text_encoders import (
+    CONFIG,
+    OPEN_CLIP,
+    OPEN_CLIP_WEIGHTS,
+    no_safetensors,
+    open_clip_named,
+    trained_with_quick_gelu,
+    weight_files,
+)
 from ivtp.models import EMBEDDED, shape_of
 from ivtp.pruning.cost import Shape
 from ivtp.registry import unknown
@@ -114,8 +125,8 @@ def load_encoder(
     """An image encoder, frozen.
 
     library     timm (classifiers), open_clip or transformers (CLIP and SigLIP, which read class names)
-    source      a hub id or a folder in that library's own format, safetensors only; "tiny_clip": the CLIP that the
-                embedded model is made of
+    source      a hub id (`owner/name` or `owner/name@revision`) or a folder in that library's own format, safetensors
+                only; of open_clip also `open_clip:NAME@TAG`; "tiny_clip": the CLIP that the embedded model is made of
     pretrained  False: random weights of the architecture that the source's name says (timm, open_clip)
     Raises ModelError, in one line, for what is missing, truncated, or not stored as safetensors.
     """
@@ -124,15 +135,15 @@ def load_encoder(
     encoder = LIBRARIES[library](source, pretrained, revision, attn_implementation)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     encoder.model.eval().requires_grad_(False).to(device=device, dtype=wanted)
-    if not hasattr(encoder.model, "config"):  # where transformers has it, so that a record can say it
-        encoder.model._commit_hash = encoder.commit
+    check_finite(source, encoder.model)
+    encoder.model._commit_hash = encoder.commit  # so that a record can say it
     return encoder
 
 
 def encoder_shape(library: str, source: str, revision: str | None = None) -> Shape:
     """Sizes of an encoder from its name or its config alone: no weights are read, nor made."""
     if library == "transformers":
-        return shape_of(_clip_config(source, revision))
+        return shape_of(_clip_config(source, revision)[1])
     with torch.device("meta"):
         model = LIBRARIES[library](source, False, revision, None).model
     return shape_of(model)
@@ -143,8 +154,8 @@ def _timm(source: str, pretrained: bool, revision: str | None, _) -> Encoder:
 
     where, commit = source.rsplit("/", 1)[-1], None
     if pretrained or Path(source).is_dir():
-        where, commit = _fetched(source, revision, ["config.json", "model.safetensors"])
-        where = f"local-dir:{where}"
+        found = _fetched(source, revision, ["config.json"], ["model.safetensors"])
+        where, commit = f"local-dir:{found.folder}", found.commit
     with one_line(source):
         model = timm.create_model(where, pretrained=pretrained)
     settings = timm.data.resolve_model_data_config(model)
@@ -161,16 +172,26 @@ def _open_clip(source: str, pretrained: bool, revision: str | None, _) -> Encode
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    where, commit = source, None
+    where, commit, weights, quick = source, None, OPEN_CLIP_WEIGHTS, None
+    if source.startswith(OPEN_CLIP):
+        named = open_clip_named(source, revision)
+        where, source, revision, weights = named.name, named.repository, named.revision, named.weights
+        quick = bool(named.model.get("quick_gelu"))
     if pretrained or Path(source).is_dir():
-        # A repository may hold the same weights twice, for transformers too.
-        patterns = ["open_clip_config.json", "open_clip*.safetensors", "*token*", "vocab*", "merges.txt", "*.model"]
-        folder, commit = _fetched(source, revision, patterns)
-        where = f"local-dir:{folder}"
+        # A repository may hold the same weights twice, for transformers or timm too.
+        small = [CONFIG, "*token*", "vocab*", "merges.txt", "*.model"]
+        found = _fetched(source, revision, small, weights)
+        where, commit = f"local-dir:{found.folder}", found.commit
+        quick = trained_with_quick_gelu(found.source) if quick is None else quick
     device = torch.get_default_device()  # "meta" for the sizes alone
     with one_line(source), hushed():
         model = open_clip.create_model(
-            where, device=device, load_weights=pretrained, require_pretrained=pretrained, pretrained_text=False
+            where,
+            device=device,
+            load_weights=pretrained,
+            require_pretrained=pretrained,
+            pretrained_text=False,
+            force_quick_gelu=bool(quick),
         )
         tokenizer = open_clip.get_tokenizer(where)
     settings = model.visual.preprocess_cfg
@@ -192,26 +213,33 @@ def _transformers(source: str, pretrained: bool, revision: str | None, attn_impl
         raise ModelError(
             "pretrained=false: transformers' encoders are loaded with their weights; give a folder of them"
         )
-    _clip_config(source, revision)
+    checkpoint, _ = _clip_config(source, revision)
+    if checkpoint.commit is not None:
+        checkpoint = fetch(checkpoint.source, checkpoint.commit, [*SMALL, *WEIGHTS])
+    if not weight_files(checkpoint.folder, WEIGHTS):
+        raise no_safetensors(checkpoint, WEIGHTS[0], library="model.library=open_clip model.source=")
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with one_line(source):
-        model = AutoModel.from_pretrained(source, revision=revision, use_safetensors=True, **settings)
-        images = AutoImageProcessor.from_pretrained(source, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    return _dual(model, images, tokenizer, getattr(model.config, "_commit_hash", None))
+        model = AutoModel.from_pretrained(checkpoint.folder, use_safetensors=True, **settings)
+        images = AutoImageProcessor.from_pretrained(checkpoint.folder)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    return _dual(model, images, tokenizer, checkpoint.commit)
 
 
 def _clip_config(source: str, revision: str | None):
+    """The small files of a CLIP or SigLIP of transformers, and its config."""
     from transformers import AutoConfig
 
-    where = EMBEDDED_ENCODERS[source] / "clip" if source in EMBEDDED_ENCODERS else source
+    embedded = EMBEDDED_ENCODERS.get(source)
+    checkpoint = Checkpoint(source, embedded / "clip") if embedded else fetch(source, revision, SMALL)
+    read_config(checkpoint)
     with one_line(source):
-        config = AutoConfig.from_pretrained(where, revision=revision)
+        config = AutoConfig.from_pretrained(checkpoint.folder)
     if config.model_type not in ("clip", "siglip"):
         raise ModelError(
             f"{source} is a {config.model_type!r} model; encoders of transformers that read names: clip, siglip"
         )
-    return config
+    return checkpoint, config
 
 
 def _dual(model: nn.Module, image_processor, tokenizer, commit: str | None) -> Encoder:
@@ -264,18 +292,9 @@ def hushed() -> Iterator[None]:
 LIBRARIES = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
 
 
-def _fetched(source: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
-    """The folder of a checkpoint, from the hub if it is none, and its commit there; without pickles."""
-    folder, commit = Path(source), None
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        if folder.is_absolute() or source.startswith(("./", "../")):
-            raise ModelError(f"model folder {folder} does not exist; give a folder with a config and *.safetensors")
-        with one_line(source):
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-        commit = folder.name
-    weights = [pattern for pattern in patterns if pattern.endswith(".safetensors")]
-    if not any(list(folder.glob(pattern)) for pattern in weights):
-        raise ModelError(f"{source} has no {weights[0]}; other formats (pickles) are never opened here")
-    return folder, commit
+def _fetched(source: str, revision: str | None, small: list[str], weights: list[str]) -> Checkpoint:
+    """A checkpoint in its folder, from the hub if it is none; without pickles."""
+    checkpoint = fetch(source, revision, [*small, *weights])
+    if not weight_files(checkpoint.folder, weights):
+        raise no_safetensors(checkpoint, weights[0])
+    return checkpoint

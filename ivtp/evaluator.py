@@ -23,6 +23,12 @@ from ivtp.report.viewer import drawable
 from ivtp.report.wandb_run import log_row
 
 
+def fewer_crops(outcomes: list[dict]) -> dict[str, int]:
+    """Of a model whose crops are limited: the number of images that the checkpoint would have cut into more crops."""
+    counts = [outcome["fewer_crops"] for outcome in outcomes if "fewer_crops" in outcome]
+    return {"fewer_crops": sum(counts)} if counts else {}
+
+
 class Evaluator:
     """Runs rows through `Trainer.test`, keeps their per-sample outcomes in files, and logs them."""
 
@@ -108,6 +114,7 @@ class Evaluator:
             },
             "tflops": row.cost.tflops(),
             "drawable": drawable(shape_of(self.model)),
+            **fewer_crops(outcomes),
             "metrics": metrics,
             "speed": {
                 "questions_per_second": rate,

@@ -37,6 +37,7 @@ class Ivtp(lmms):
     pretrained  as of `ivtp.load_model`: "tiny", a folder, a hub id
     pruner      a name from `ivtp.list_pruners()`, with its settings beside it (keep=64, tau=0.2, …)
     prompt      as `model.prompt` of the configs: a template, or "chat"; default: the processor's chat template
+    image_padding, max_crops  as of `ivtp.load_model`: the published numbers of LLaVA-1.5 need image_padding=pad
     """
 
     is_simple = True
@@ -52,6 +53,8 @@ class Ivtp(lmms):
         revision: str | None = None,
         attn_implementation: str | None = None,
         text_encoder: str | None = None,
+        image_padding: str | None = None,
+        max_crops: int | None = None,
         **more,
     ) -> None:
         super().__init__()
@@ -67,6 +70,8 @@ class Ivtp(lmms):
             device=str(self.device),
             revision=revision,
             attn_implementation=attn_implementation,
+            image_padding=image_padding,
+            max_crops=max_crops,
         )
         self.pruner = Planner(pruner, shape_of(self.model), more)
         _ = self.pruner.outline  # what is asked wrongly is said before the first request

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ivtp.backbones import LANGUAGE, ModelError, family, one_line, unwrapped
+from ivtp.backbones import LANGUAGE, ModelError, family, unwrapped
+from ivtp.backbones.checkpoints import check_finite, check_weight_files, read_config
+from ivtp.backbones.hub import SMALL, WEIGHTS, fetch, one_line
+from ivtp.backbones.image_inputs import configure, limit_crops, warn_if_cropped
 from ivtp.backbones.shared import SharedVision
 from ivtp.pruners.planner import Fixed, Planner
 from ivtp.pruners.sites import part1_layers
@@ -35,18 +38,29 @@ def load_model(
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
     pack: bool = False,
+    image_padding: str | None = None,
+    max_crops: int | None = None,
 ):
     """A frozen model and its processor, ready for `prune`.
 
-    source        "tiny" (embedded), a folder, a hub id, or a model that you already have (then give its processor)
-    text_encoder  the CLIP text encoder paired with the vision tower: a folder or hub id, "open_clip:NAME@PRETRAINED",
-                  or an object with `encode` and `project`; default: the folder `clip` inside the checkpoint, or the
-                  CLIP that the tower is known to come from. It is loaded only when a plan asks for it.
+    source        "tiny" (embedded), a folder, a hub id (`owner/name` or `owner/name@revision`), or a model that you already
+                  have (then give its processor)
+    text_encoder  the CLIP text encoder paired with the vision tower: a folder or hub id in transformers' or open_clip's
+                  format, "open_clip:NAME@TAG" (each may end in @revision), or an object with `encode` and `project`;
+                  default: the folder `clip` inside the checkpoint, or the CLIP that the tower is known to come from. It
+                  is loaded only when a plan asks for it, its text half alone.
     device_map    accelerate's: where each part of the model goes, in place of `device`
     load_in_4bit  weights in 4 bits (NF4) by bitsandbytes; they stay where they are loaded
     trust_remote_code  run code that comes with a checkpoint; never unless asked
     pack          on a CPU, in float32: lay the weights of linear layers out once as its kernels read them (also of a model
                   that you give): products of few tokens are then as fast per token as those of many
+    image_padding  how a processor that crops images to a square (CLIPImageProcessor) makes them square: "pad" with its
+                  mean colour, as LLaVA-1.5 was trained and is evaluated, or "crop" at the centre; default: as the checkpoint
+                  has it. A warning says so if a LLaVA checkpoint crops by default.
+    max_crops     the most crops that an image is cut into besides the whole (LLaVA-NeXT, LLaVA-OneVision); default: as the
+                  checkpoint has it. LLaVA-OneVision interpolates the features of images of more than `anyres_max` (9)
+                  crops, which a tower cannot prune: with max_crops=9 there are no such images.
+    Both settings change the processor (and `max_crops` the model's config) in place, also those that you give.
     Raises ModelError, in one line, for what is missing, truncated, or not stored as safetensors.
     """
     if isinstance(source, nn.Module):
@@ -56,7 +70,9 @@ def load_model(
         where = str(EMBEDDED.get(str(source), source))
         placed = _placed(device, device_map, load_in_4bit)
         more = placed | ({"attn_implementation": attn_implementation} if attn_implementation else {})
-        model, found = _from_pretrained(where, dtype, revision, trust_remote_code, more)
+        model, found, where = _from_pretrained(where, dtype, revision, trust_remote_code, more)
+        if processor is None and image_padding is None and str(source) not in EMBEDDED:
+            warn_if_cropped(str(source), model, found)
         processor = processor or found
     from ivtp.backbones import packed
     from ivtp.backbones.companions import accompany
@@ -64,9 +80,11 @@ def load_model(
     model = model.eval().requires_grad_(False)
     if isinstance(source, nn.Module) or not placed:
         model = model.to(device)
+    check_finite(str(source) if isinstance(source, (str, Path)) else type(source).__name__, model)
     if pack:
         packed.pack(model)
-    accompany(unwrapped(model), processor, text_encoder or _clip_inside(where), pack)
+    limit = configure(model, processor, image_padding, max_crops)
+    accompany(unwrapped(model), processor, text_encoder or _clip_inside(where), pack, limit)
     return model, processor
 
 
@@ -85,50 +103,46 @@ def _placed(device: str, device_map: str | dict | None, load_in_4bit: bool) -> d
 def _from_pretrained(where: str, dtype: str, revision: str | None, trust_remote_code: bool, more: dict):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    _config(where, revision, trust_remote_code)
-    given = {"revision": revision, "trust_remote_code": trust_remote_code}
+    code = ["*.py"] if trust_remote_code else []
+    checkpoint, config = _config(where, revision, trust_remote_code)
+    if checkpoint.commit is not None:
+        checkpoint = fetch(checkpoint.source, checkpoint.commit, [*SMALL, *code, *WEIGHTS, "clip/model.safetensors"])
+    check_weight_files(checkpoint)
     with one_line(where):
         model, info = AutoModelForImageTextToText.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **given, **more
+            checkpoint.folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **more,
         )
-        processor = AutoProcessor.from_pretrained(where, **given)
+        processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     if info["missing_keys"]:
         raise ModelError(f"{where} lacks weights, e.g. {sorted(info['missing_keys'])[0]}; the checkpoint is incomplete")
-    return model, processor
+    model._commit_hash = checkpoint.commit
+    return model, processor, checkpoint.folder
 
 
 def _config(where: str, revision: str | None, trust_remote_code: bool = False):
-    """The config of a checkpoint of a supported language-vision family."""
+    """The small files of a checkpoint and its config, if it is of a supported language-vision family."""
     from transformers import AutoConfig
 
-    folder = Path(where)
-    if folder.is_absolute() or where.startswith(("./", "../")) or folder.exists():
-        _check_folder(folder)
+    checkpoint = fetch(where, revision, [*SMALL, *(["*.py"] if trust_remote_code else [])])
+    read_config(checkpoint)
+    if checkpoint.commit is None:
+        check_weight_files(checkpoint)
     with one_line(where):
-        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     if config.model_type not in LANGUAGE:
         raise ModelError(f"{where} is a {config.model_type!r} model; supported: {', '.join(LANGUAGE)}")
-    return config
+    return checkpoint, config
 
 
-def _clip_inside(where: str) -> str | None:
+def _clip_inside(folder: str | Path) -> str | None:
     """The CLIP text encoder that a checkpoint folder brings along."""
-    return str(Path(where) / "clip") if (Path(where) / "clip").is_dir() else None
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ModelError(f"model folder {folder} does not exist; give a folder with config.json and *.safetensors")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model folder {folder} has no config.json; it is not a checkpoint of transformers")
-    if not list(folder.glob("*.safetensors")):
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-        if pickles:
-            raise ModelError(
-                f"model folder {folder} holds {pickles[0]}, a pickle, which is never opened here; "
-                "convert it to safetensors (model.save_pretrained(folder, safe_serialization=True))"
-            )
-        raise ModelError(f"model folder {folder} has no *.safetensors weights")
+    return str(Path(folder) / "clip") if (Path(folder) / "clip").is_dir() else None
 
 
 def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
@@ -148,14 +162,20 @@ def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
 
 
 def source_shape(
-    source: str, text_encoder: str | None = None, revision: str | None = None, image: tuple[int, int] | None = None
+    source: str,
+    text_encoder: str | None = None,
+    revision: str | None = None,
+    image: tuple[int, int] | None = None,
+    max_crops: int | None = None,
 ) -> Shape:
     """The same of a checkpoint, from its configs alone: no weights are read."""
     from ivtp.backbones.companions import text_sizes
 
     where = str(EMBEDDED.get(str(source), source))
-    config = _config(where, revision)
-    return replace(shape_of(config, image), **text_sizes(config, text_encoder or _clip_inside(where)))
+    checkpoint, config = _config(where, revision)
+    if max_crops is not None:
+        limit_crops(config, max_crops)
+    return replace(shape_of(config, image), **text_sizes(config, text_encoder or _clip_inside(checkpoint.folder)))
 
 
 @contextmanager

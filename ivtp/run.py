@@ -23,7 +23,6 @@ VERSIONED = ("torch", "transformers", "lightning", "timm", "open_clip_torch")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the arguments ask for; 0: done, 2: the request cannot be met (one line on standard error)."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
     return command(arguments, usage, run)
 
@@ -70,16 +69,17 @@ def run(arguments: Sequence[str]) -> Path:
     reference = "class token" if shape.has_cls else "mean of all patches"
     if not shape.has_cls:
         console.print(f"{config.model.source} has no class token: in its tower the {reference} judges", soft_wrap=True)
-    data = build.build_data(config, processor, shape, config.trainer.batch_size)
+    data = build.build_data(config, processor, shape, config.trainer.batch_size, build.context_of(model))
+    say_crops(model, data.survey.sizes, console)
     text, instruction = prompt_lengths(data.survey, processor) if shape.language else (0, 0)
     planned = build.plan_rows(rows, shape, text, instruction)
     identity = {
-        "model": build.model_identity(config, model),
+        "model": build.model_identity(config, model, processor),
         "data": OmegaConf.to_container(config.data) | data.about | {"hash": data.survey.hash},
         "prompt": build.prompt_of(config),
-        "text_encoder": config.model.get("text_encoder"),
         "code": records.code_version(),
     }
+    text_encoder = build.text_identity(model, planned)
     results = folder / "results.jsonl"
     finished, torn = records.read(results)
     if torn:
@@ -97,12 +97,17 @@ def run(arguments: Sequence[str]) -> Path:
     current = []
     for number, row in enumerate(planned, start=1):
         asked = {k: v for k, v in asdict(row).items() if k in ("pruner", "budget", "position_ids")}
-        key = records.key(asked, identity)
+        sources = {
+            "text_encoder": text_encoder if build.reads_text(row) else None,
+            "pruner_source": build.pruner_source(row.pruner["name"]),
+        }
+        key = records.key(asked, identity, sources)
         record = done.get(key)
         evaluator.share(planned[number - 1 :])
         if record is None or record["label"] != row.label:
             title = f"{number}/{len(planned)} {row.label}"
-            record = evaluator.evaluate(key, row, title) | about | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            record = evaluator.evaluate(key, row, title) | about | sources
+            record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             records.append(results, [record])
         current.append(record)
         evaluator.log(record, current)
@@ -113,8 +118,22 @@ def run(arguments: Sequence[str]) -> Path:
     }
     experiment |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures", "overlap")}
     records.replace(folder / "experiment.json", json.dumps(experiment, ensure_ascii=False).encode())
-    report(folder, current, config.compare_to, data.data, Console(), experiment["question"], experiment)
+    images = processor.image_processor
+    report(folder, current, config.compare_to, data.data, Console(), experiment["question"], experiment, images)
     return folder
+
+
+def say_crops(model, sizes: list, console) -> None:
+    """Print how many images a limit of crops concerns, where it is set; for data whose images are opened later only the
+    records can say it."""
+    from ivtp.backbones.companions import crop_limit_of
+
+    limit, known = crop_limit_of(model), [images for images in sizes if images is not None]
+    if limit is None:
+        return
+    rule = f"max_crops={limit.crops}: images that the checkpoint cuts into more crops are made smaller"
+    counted = f"{sum(map(limit.affected, known))} of the {sum(map(len, known))} images of all questions"
+    console.print(f"{rule}; {counted if known else 'how many is recorded with the results'}", soft_wrap=True)
 
 
 def check_claims(config, rows: list[dict]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("debug=limit", "logger=none")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST_RUN = re.findall(r"^## First run on .*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[0].splitlines()
+"""The README's first run on a real model, which needs a hub: `test_hub.py` has one."""
 
 
 @cache

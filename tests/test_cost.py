@@ -8,6 +8,7 @@ import socket
 import pytest
 
 from ivtp.cost import main
+from ivtp.models import EMBEDDED
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,16 @@ def test_a_budget_in_tflops_is_met(capsys):
 def test_the_embedded_model_is_counted_without_its_weights(capsys, monkeypatch):
     monkeypatch.setattr("ivtp.models._from_pretrained", None)
     assert printed(capsys, "model=tiny", "text=12")["tokens"][0] == 144
+
+
+def test_another_checkpoint_is_counted_by_its_own_sizes(capsys):
+    """Not by those of the YAML, which are of the checkpoint that it names."""
+    other = ("model=llava_1_5_7b", f"model.source={EMBEDDED['tiny']}", "model.text_encoder=null", "text=12")
+    own = printed(capsys, "model=tiny", "text=12")
+    assert printed(capsys, *other) == own
+    assert printed(capsys, *other, "model.config.model_type=llava") != own  # somebody who gives sizes gets these
+    encoder = ("model=open_clip_b16", "model.source=ViT-B-32", "pruner=topk")
+    assert printed(capsys, *encoder)["tokens"][0] < printed(capsys, *encoder, "model.architecture=ViT-B-16")["tokens"][0]
 
 
 def test_the_table_sets_the_pruner_beside_the_unpruned_model(capsys):

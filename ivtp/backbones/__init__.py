@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 from torch import nn
@@ -67,24 +66,6 @@ def family(model) -> ModuleType:
         if name in FAMILIES:
             return import_module(FAMILIES[name])
     raise ModelError(unknown("model family", str(names[0] or names[1]), FAMILIES))
-
-
-def reason(where: str, error: Exception) -> str:
-    """One line out of a loader's error."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    hint = "" if Path(where).exists() else "; offline, give a local folder or run once with the model in the HF cache"
-    return f"cannot load model {where!r}: {first}{hint}"
-
-
-@contextmanager
-def one_line(where: str) -> Iterator[None]:
-    """What a loader raises for a file that is missing, truncated or not what it says, as a ModelError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
-        raise ModelError(reason(where, error)) from error
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -39,7 +37,8 @@ class TransformersText:
     def __init__(self, model: nn.Module, tokenizer, visual_projection: Tensor) -> None:
         self.model, self.tokenizer, self.visual_projection = model, tokenizer, visual_projection
         self.sizes = text_layers(model.config)
-        self.context, self.joint = model.config.max_position_embeddings, visual_projection.shape[0]
+        self.context = model.config.max_position_embeddings
+        self.joint, self.vision_width = visual_projection.shape
 
     def encode(self, texts: Sequence[str]) -> list[Spelled]:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
@@ -64,10 +63,11 @@ class TransformersText:
 
 
 class OpenClipText:
-    """The text tower and visual projection of an open_clip `CLIP`."""
+    """The text tower of an open_clip CLIP, alone or within it, and its visual projection (default: the whole CLIP's own)."""
 
-    def __init__(self, model: nn.Module, tokenizer) -> None:
+    def __init__(self, model: nn.Module, tokenizer, visual_projection: Tensor | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.visual_projection = model.visual.proj if visual_projection is None else visual_projection
         if getattr(model, "attn_mask", None) is None or not hasattr(tokenizer, "byte_decoder"):
             raise ValueError(
                 "this open_clip model has no causal text tower with CLIP's own tokenizer; use another CLIP"
@@ -76,7 +76,8 @@ class OpenClipText:
         width, heads = block.attn.embed_dim, block.attn.num_heads
         depth, ffn = len(model.transformer.resblocks), block.mlp.c_fc.out_features
         self.sizes = Layers(depth, width, ffn, heads, heads, width // heads, 2)
-        self.context, self.joint = model.context_length, model.visual.proj.shape[1]
+        self.context = model.context_length
+        self.vision_width, self.joint = self.visual_projection.shape
 
     def encode(self, texts: Sequence[str]) -> list[Spelled]:
         ids = [self.tokenizer.encode(text) for text in texts]
@@ -101,7 +102,7 @@ class OpenClipText:
         return projection(hidden) if isinstance(projection, nn.Linear) else hidden @ projection
 
     def project(self, cls: Tensor) -> Tensor:
-        return cls @ self.model.visual.proj.to(cls)
+        return cls @ self.visual_projection.to(cls)
 
     def _spans(self, text: str, ids: Sequence[int]) -> list[Span]:
         """open_clip's tokenizer has no offsets, but its tokens are bytes: of the cleaned text, whose letters are matched
@@ -109,21 +110,27 @@ class OpenClipText:
         pieces = [self.tokenizer.decoder[token].removesuffix("</w>") for token in ids]
         raw = [bytes(self.tokenizer.byte_decoder[c] for c in piece) for piece in pieces]
         cleaned = b"".join(raw).decode("utf-8", errors="replace")
-        # Which letter each byte belongs to, then which letter of the text each cleaned letter is.
         letter_of = [i for i, letter in enumerate(cleaned) for _ in letter.encode()]
-        lowered = [(low, i) for i, letter in enumerate(squeeze(text)) for low in letter.lower()]
-        place: dict[int, int] = {}
-        matcher = difflib.SequenceMatcher(None, cleaned, [low for low, _ in lowered], autojunk=False)
-        for kind, start, stop, first, last in matcher.get_opcodes():
-            if kind in ("equal", "replace"):  # ligatures and wide letters are spelled out: share them evenly
-                step = (last - first) / (stop - start)
-                place.update((i, lowered[first + int((i - start) * step)][1]) for i in range(start, stop))
+        place = letters_of(cleaned, text)
         spans, at = [], 0
         for piece in raw:
             found = [place[i] for i in letter_of[at : at + len(piece)] if i in place]
             at += len(piece)
             spans.append((min(found), max(found) + 1) if found else (0, 0))
         return spans
+
+
+def letters_of(spelled: str, text: str) -> dict[int, int]:
+    """For each letter that tokens spell, which letter of the squeezed text it is; of those that only cleaning brought in,
+    nothing. Ligatures and wide letters are spelled out: they are shared evenly."""
+    lowered = [(low, i) for i, letter in enumerate(squeeze(text)) for low in letter.lower()]
+    place: dict[int, int] = {}
+    matcher = difflib.SequenceMatcher(None, spelled, [low for low, _ in lowered], autojunk=False)
+    for kind, start, stop, first, last in matcher.get_opcodes():
+        if kind in ("equal", "replace"):
+            step = (last - first) / (stop - start)
+            place.update((i, lowered[first + int((i - start) * step)][1]) for i in range(start, stop))
+    return place
 
 
 def text_layers(config) -> Layers:
@@ -173,13 +180,18 @@ class Prompt:
 class Guide:
     """Relevance of each token of a prompt to its image (Eq. 5–7), for any two tokenizers.
 
+    A token that spells no letter of the instruction, and every token of a prompt without text, has relevance -inf; where
+    none is left, the visual CLS stands in for the pseudo CLS (Eq. 8).
+
     encoder       None where nothing is asked of CLIP
     instructions  the part of each prompt that CLIP reads (the question); default: all of the prompt's text
     """
 
     def __init__(self, tokenizer, encoder: TextEncoder | None, image_token_id: int) -> None:
-        self.tokenizer, self.encoder = tokenizer, encoder
-        self.ignored = {image_token_id, *tokenizer.all_special_ids}
+        self.tokenizer, self.encoder, self.image_token_id = tokenizer, encoder, image_token_id
+        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        # A word without a token of its own is a word; begin and end marks, padding and roles are not.
+        self.ignored = {image_token_id, *tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - marks)
         self.instructions: Sequence[str] | None = None
 
     def __call__(
@@ -198,7 +210,7 @@ class Guide:
         for sample, prompt in enumerate(prompts):
             clip = spelled[prompt.instruction]
             aligned = align(relevance(joint[sample], clip.features), clip.spans, prompt.spans)
-            scores[sample, torch.tensor(prompt.places, device=scores.device)] = aligned
+            scores[sample, torch.tensor(prompt.places, dtype=torch.long, device=scores.device)] = aligned
             words.append([(self.tokenizer.decode([i]), c) for i, c in zip(prompt.ids, aligned.tolist(), strict=True)])
         return scores, words
 
@@ -211,9 +223,11 @@ class Guide:
         for sample, prompt in enumerate(self._prompts(input_ids, valid, of)):
             length = len(squeeze(prompt.instruction))
             said = [max(start, 0) < min(end, length) for start, end in prompt.spans]
-            places = torch.tensor([p for p, s in zip(prompt.places, said, strict=True) if s], device=fit.device)
+            places = torch.tensor(
+                [p for p, s in zip(prompt.places, said, strict=True) if s], dtype=torch.long, device=fit.device
+            )
             scores[sample, places] = fit[sample, places]
-            found = scores[sample, torch.tensor(prompt.places, device=fit.device)].tolist()
+            found = scores[sample, torch.tensor(prompt.places, dtype=torch.long, device=fit.device)].tolist()
             words.append([(self.tokenizer.decode([i]), c) for i, c in zip(prompt.ids, found, strict=True)])
         return scores, words
 
@@ -236,26 +250,60 @@ class Guide:
         return [self._read(number, batch, row, real) for number, row, real in rows]
 
     def _read(self, sample: int, batch: int, row: list[int], real: list[bool]) -> Prompt:
-        """What one prompt says, where each of its tokens stands, and which letters of the instruction it spells."""
-        keep = [(i, t) for i, (t, v) in enumerate(zip(row, real, strict=True)) if v and t not in self.ignored]
-        ids = [t for _, t in keep]
-        text, spans = self._spell(ids)
+        """The text tokens of one prompt and the letters of the instruction that each one spells.
+
+        Where the instruction does not occur in the decoded prompt (unknown words, literal special tokens, letters that
+        the tokenizer normalises), its own tokens are looked up in the prompt's. A token that is not part of it spells
+        nothing, and is never relevant.
+        """
+        own = [(i, t) for i, (t, v) in enumerate(zip(row, real, strict=True)) if v and t != self.image_token_id]
+        keep = [(i, t) for i, t in own if t not in self.ignored]
+        text, spans = self._spell([t for _, t in keep])
         instruction = self._instruction(sample, batch, text)
         shift = squeeze(text).rfind(squeeze(instruction))
-        return Prompt([i for i, _ in keep], ids, [(start - shift, end - shift) for start, end in spans], instruction)
+        if shift >= 0:
+            spans = [(start - shift, end - shift) for start, end in spans]
+        else:
+            wanted, letters = self._tokens(instruction)
+            keep = [(i, t) for i, t in own if t not in self.ignored or t in wanted]
+            spans = matched_spans([t for _, t in keep], wanted, letters)
+            if not any(start < end for start, end in spans):
+                raise ValueError(
+                    f"instruction {instruction!r} does not occur in prompt {sample} of the batch: {text!r}; give the part "
+                    "of each prompt that is the question"
+                )
+        return Prompt([i for i, _ in keep], [t for _, t in keep], spans, instruction)
 
     def _spell(self, ids: list[int]) -> tuple[str, list[Span]]:
         """The text of some tokens and the characters that each one adds to it, whatever the tokenizer."""
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        again = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
-        if self.tokenizer.is_fast and again["input_ids"] == ids:
-            return text, squeezed_spans(text, again["offset_mapping"])
-        # Some texts do not come back as the same tokens; then every prefix is spelled out.
-        ends = [0]
+        again, spans = self._tokens(text)
+        return text, spans if again == ids and self.tokenizer.is_fast else self._spell_by_prefixes(ids)
+
+    def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
+        """The tokens of a text and the letters of it that each one spells."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        ids = encoded["input_ids"]
+        if self.tokenizer.is_fast:
+            spans = squeezed_spans(text, encoded["offset_mapping"])
+            # A space that a tokenizer puts before a text has the first letter's offsets: it spells nothing.
+            if len(ids) > 1 and spans[0] == spans[1] and not self.tokenizer.decode(ids[:1]).strip():
+                spans[0] = (0, 0)
+            return ids, spans
+        place = letters_of(squeeze(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)), text)
+        found = [[place[i] for i in range(*span) if i in place] for span in self._spell_by_prefixes(ids)]
+        return ids, [(min(letters), max(letters) + 1) if letters else (0, 0) for letters in found]
+
+    def _spell_by_prefixes(self, ids: list[int]) -> list[Span]:
+        """The letters that each token adds to the text of those before it; a part of a letter spells that letter."""
+        spans, before = [], 0
         for count in range(1, len(ids) + 1):
             prefix = self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
-            ends.append(max(ends[-1], len(squeeze(prefix.rstrip("\ufffd")))))
-        return text, list(pairwise(ends))
+            whole = prefix.rstrip("\ufffd")
+            end = max(before, len(squeeze(whole)))
+            spans.append((before, end + (whole != prefix)))
+            before = end
+        return [(start, min(end, before)) for start, end in spans]
 
     def _instruction(self, sample: int, batch: int, text: str) -> str:
         instruction = text
@@ -266,35 +314,27 @@ class Guide:
                 )
             # Beam search and several return sequences repeat every sample in place.
             instruction = self.instructions[sample * len(self.instructions) // batch]
-        if not squeeze(instruction):
-            raise ValueError(f"prompt {sample} of the batch has an empty instruction; guidance needs a question")
-        if squeeze(instruction) not in squeeze(text):
-            raise ValueError(f"instruction {instruction!r} does not occur in prompt {sample} of the batch: {text!r}")
         return instruction
 
 
-def load_text_encoder(source: str, device: str | torch.device = "cpu", revision: str | None = None) -> TextEncoder:
-    """The text encoder from a CLIP checkpoint: a folder or hub id in transformers' format, or `open_clip:NAME[@PRETRAINED]`.
+def matched_spans(ids: list[int], wanted: list[int], letters: list[Span]) -> list[Span]:
+    """For every token of a prompt, the letters of an instruction that it spells, (0, 0) for none.
 
-    Raises FileNotFoundError or OSError if it is not there and cannot be fetched.
+    wanted, letters  the instruction's own tokens, and the letters of each
+    Tokens that differ between two equal ones (a first token that another stands before) share their letters evenly.
     """
-    if source.startswith("open_clip:"):
-        import open_clip
-
-        name, _, pretrained = source.removeprefix("open_clip:").partition("@")
-        model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
-        return OpenClipText(model.eval().to(device), open_clip.get_tokenizer(name))
-    from safetensors import safe_open
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection
-    from transformers.utils import cached_file, logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the other half of the CLIP is left out on purpose: no report of unread keys
-    try:
-        model = CLIPTextModelWithProjection.from_pretrained(source, revision=revision, use_safetensors=True).eval()
-    finally:
-        logging.set_verbosity(verbosity)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    with safe_open(Path(cached_file(source, "model.safetensors", revision=revision)), "pt") as weights:
-        projection = weights.get_tensor("visual_projection.weight")
-    return TransformersText(model.to(device), tokenizer, projection.to(device))
+    # Backwards, so that of several occurrences the last is found: what a template says before the question is no question.
+    ids, wanted, letters = ids[::-1], wanted[::-1], letters[::-1]
+    spans: list[Span] = [(0, 0)] * len(ids)
+    core = difflib.SequenceMatcher(None, ids, wanted, autojunk=False).find_longest_match()
+    first = max(0, core.a - core.b)
+    part = ids[first : core.a - core.b + len(wanted)] if core.size else []
+    for kind, start, stop, low, high in difflib.SequenceMatcher(None, part, wanted, autojunk=False).get_opcodes():
+        if kind == "equal":
+            spans[first + start : first + stop] = letters[low:high]
+        elif kind == "replace":
+            begin, end, count = letters[high - 1][0], letters[low][1], stop - start
+            for number in range(count):
+                most = -(-(number + 1) * (end - begin) // count)  # rounded up: a part of a letter spells that letter
+                spans[first + start + number] = end - most, end - number * (end - begin) // count
+    return spans[::-1]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ivtp.backbones import ModelError
 from ivtp.backbones.clip_vit import sample_number
 from ivtp.backbones.pictures import Front, Layout, Picture
 from ivtp.backbones.trace import Trace, merged
@@ -66,9 +67,10 @@ def look_at(
     layout, stack = front.layout(kind), front.stack(kind)
     crops, plan = layout.crops, planner.image(layout.shape)
     if layout.joins is not None and (plan.vision is not None or plan.image is not None):
-        raise ValueError(
-            f"an image of size {kind} is interpolated behind the tower, so that its patches cannot be cut inside it; "
-            "prune such images in the language model only, or make them smaller"
+        raise ModelError(
+            f"an image of {kind[0]} × {kind[1]} pixels (height × width) is interpolated behind the tower, so that its patches "
+            "cannot be cut inside it; limit its crops (max_crops=9 of ivtp.load_model, model.max_crops=9), make it smaller, "
+            "or prune in the language model only"
         )
     # Beams, and several questions about one image, share its pass through the tower.
     numbers = sample_number(pixels)

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -24,10 +24,11 @@ import torch
 from PIL import Image, ImageFile
 from torch.utils.data import Dataset
 
+from ivtp.data.errors import DataError, first_line
 from ivtp.data.generation import cut, settings, stops
 from ivtp.data.judges import JudgeError, checked, judged_by
-from ivtp.data.lmms_tasks import first_line, load_task
-from ivtp.data.questions import DataError
+from ivtp.data.lmms_tasks import load_task
+from ivtp.data.open_image import DEEP, eight_bit
 from ivtp.registry import UnknownName, unknown
 
 THOUGHTS = [["<think>", "</think>"], ["<analysis>", "</analysis>"]]
@@ -55,6 +56,21 @@ class Score:
     main: bool
 
 
+def macro_average(score: Score, families: Sequence[str]) -> Score:
+    """The mean of a metric over the families of its documents, each family on its own."""
+    wanted = sorted(set(families))
+
+    def aggregate(pairs: Sequence[tuple[str, object]]) -> float | None:
+        by_family = {family: [value for own, value in pairs if own == family] for family in wanted}
+        if not all(by_family.values()):
+            raise DataError(f"{score.name} has no document of a family left to average over")
+        means = [score.aggregate(values) for values in by_family.values()]
+        return None if None in means else sum(means) / len(means)
+
+    pairs = list(zip(families, score.values, strict=True))
+    return replace(score, name=f"{score.name}, macro average", values=pairs, singles=None, aggregate=aggregate)
+
+
 def shown(visuals: Sequence | None, text: str, chat: bool) -> dict:
     """What a sample shows: `images` and `question`; of messages also those, without the images in them.
 
@@ -74,6 +90,8 @@ def shown(visuals: Sequence | None, text: str, chat: bool) -> dict:
     for image in images:
         if not isinstance(image, Image.Image):
             raise DataError(f"it shows a {type(image).__name__}, and only images can be pruned here")
+    # As lmms-eval's own models convert them, but for 16 bits and floats, which that clips to white or black.
+    images = [eight_bit(image) if image.mode.startswith(DEEP) else image for image in images]
     return more | {"images": [image.convert("RGB") for image in images]}
 
 
@@ -84,6 +102,7 @@ class LmmsTask(Dataset):
     metric   the metric or metrics (their sum) that the run is about; default: the task's first
     alone    a document is right where the metric of it alone says 0 or 1 (or 100), for tasks that give it no score
     family   the column of the documents that accuracy is broken down by
+    macro    the run is about the macro average of the metric: its mean over the families, beside the metric over all
     """
 
     def __init__(
@@ -98,6 +117,7 @@ class LmmsTask(Dataset):
         metric: str | Sequence[str] | None = None,
         alone: bool = False,
         family: str | None = None,
+        macro: bool = False,
         judge: Mapping | None = None,
         chat: bool = False,
         limit: int | None = None,
@@ -105,7 +125,9 @@ class LmmsTask(Dataset):
         from lmms_eval.api.reasoning import parse_reasoning_tags_config
 
         self.name, self.patches, self.alone, self.family, self.chat = name, patches, alone, family, chat
-        self._judge = checked(judge)
+        if macro and family is None:
+            raise DataError("data.macro=true averages over families; name their column, as in data.family=category")
+        self.macro, self._judge = macro, checked(judge)
         self.task = load_task(name, path, preset, prompt, chat, self._judge)
         self.tags = parse_reasoning_tags_config(THOUGHTS, self.task.config.reasoning_tags)
         asked = {**(self.task.config.generation_kwargs or {}), **(generation or {})}
@@ -124,6 +146,7 @@ class LmmsTask(Dataset):
         return {
             "lmms_eval": version("lmms_eval"),
             "dataset": config.dataset_path,
+            "commits": self.task.commits,
             "split": config.test_split or config.validation_split,
             "generation": self.generation,
         }
@@ -175,17 +198,19 @@ class LmmsTask(Dataset):
             singles = [self._single(value) for value in values]
             aggregate = self.task.aggregation()[metric]
             plain = "args" not in inspect.signature(aggregate).parameters
-            found.append(
-                Score(
-                    name=f"{self.name}/{metric}" + ("" if kind == "none" else f",{kind}"),
-                    values=values,
-                    singles=None if None in singles else singles,
-                    clusters=[outcome["image"] for outcome in having],
-                    aggregate=lambda values, aggregate=aggregate: self._aggregate(aggregate, values, folder),
-                    sampled=plain and self._judge is None,
-                    main=metric in self.main and kind == kinds[0],
-                )
+            score = Score(
+                name=f"{self.name}/{metric}" + ("" if kind == "none" else f",{kind}"),
+                values=values,
+                singles=None if None in singles else singles,
+                clusters=[outcome["image"] for outcome in having],
+                aggregate=lambda values, aggregate=aggregate: self._aggregate(aggregate, values, folder),
+                sampled=plain and self._judge is None,
+                main=metric in self.main and kind == kinds[0],
             )
+            found.append(score)
+            if self.macro and score.main:
+                families = [str(self._plain[self.places[outcome["id"]]][self.family]) for outcome in having]
+                found[-1:] = [replace(score, main=False), macro_average(score, families)]
         return found
 
     # What lmms-eval is asked ---------------------------------------------------------------------------------------
@@ -284,7 +309,8 @@ class LmmsTask(Dataset):
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
         try:
-            yield
+            with self.task.loading():  # some load the images of their documents only when they show them
+                yield
         except Exception as error:  # anything: it is the task's own code
             raise DataError(f"task {self.name!r} {what}: {first_line(error)}") from error
 

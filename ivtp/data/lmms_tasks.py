@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
+from ivtp.data.errors import DataError, first_line
 from ivtp.data.judges import environment
-from ivtp.data.questions import DataError
 from ivtp.registry import UnknownName, unknown
 
 PLAIN = "ivtp"
@@ -24,7 +25,7 @@ def load_task(
     chat: bool = False,
     judge: Mapping[str, str] | None = None,
 ):
-    """The task object of lmms-eval.
+    """The task object of lmms-eval; its `commits` say at which commits of the hub its data sets are.
 
     path    a folder with a copy of the data set, in the hub's own schema, or another hub id; default: the task's own
     preset  which of its prompts: "default", or a model that the task has one for
@@ -48,8 +49,11 @@ def load_task(
         own = config.get("dataset_path")
         if path is not None:
             relocate(config, path)
-        with redirected(config, own, path):
-            return make(name, config, PLAIN if preset == "default" else preset, chat)
+        commits: dict[str, str] = {}
+        within = partial(loading, own, path, commits)
+        task = make(name, config, PLAIN if preset == "default" else preset, chat, within)
+        task.commits = commits
+        return task
 
 
 @cache
@@ -121,9 +125,7 @@ def set_prompt(name: str, config: dict, preset: str, prompt: Mapping) -> None:
 def relocate(config: dict, path: str) -> None:
     """Take the documents from a folder (parquet as on the hub, or what `save_to_disk` wrote) or another hub id."""
     folder, more = Path(path), dict(config.get("dataset_kwargs") or {})
-    if folder.is_dir():
-        more.pop("token", None)
-    elif folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+    if not folder.is_dir() and (folder.is_absolute() or path.startswith(".") or path.count("/") != 1):
         raise DataError(f"data.path={path} does not exist; give a folder with a copy of {config.get('dataset_path')}")
     if (folder / "dataset_dict.json").is_file():
         more["load_from_disk"], config["dataset_path"] = True, path
@@ -133,20 +135,25 @@ def relocate(config: dict, path: str) -> None:
 
 
 @contextmanager
-def redirected(config: dict, own: str | None, path: str | None) -> Iterator[None]:
-    """While a task prepares its documents and loads others for it, its own hub id means the path given for it."""
-    names = getattr(config.get("process_docs"), "__globals__", {})
-    if path is None or "load_dataset" not in names:
-        yield
-        return
-    load = names["load_dataset"]
+def loading(own: str | None, copy: str | None, commits: dict[str, str]) -> Iterator[None]:
+    """Within, whatever a task's code loads of the hub by `datasets` (its documents, or others that belong to them) needs no
+    login, and its own hub id means the copy given for it. `commits` gets the commit of each data set of the hub.
 
-    def there(asked: str, part: str | None = None, **more):
-        if asked != own:
-            return load(asked, part, **more)
-        return load(*located(path, part), **(more | ({"token": None} if Path(path).is_dir() else {})))
+    Tasks say token=True, which fails for whoever is not logged in, though most data sets are public.
+    """
+    import datasets.load
+    from huggingface_hub import get_token
 
-    with patch.dict(names, load_dataset=there):
+    build = datasets.load.load_dataset_builder
+
+    def anyone(path: str, name: str | None = None, *, token: str | bool | None = None, **more):
+        found = (path, name) if copy is None or path != own else located(copy, name)
+        builder = build(*found, token=None if token is True and get_token() is None else token, **more)
+        if not Path(found[0]).is_dir() and re.fullmatch("[0-9a-f]{40}", str(builder.hash)):
+            commits[found[0]] = builder.hash
+        return builder
+
+    with patch.object(datasets.load, "load_dataset_builder", anyone):
         yield
 
 
@@ -161,9 +168,11 @@ def located(path: str, part: str | None) -> tuple[str, str | None]:
     return str(folder / part) if (folder / part).is_dir() else path, None
 
 
-def make(name: str, config: dict, model: str, chat: bool):
-    """The task object; its data set is loaded once, without lmms-eval's five attempts."""
-    from huggingface_hub import get_token
+def make(name: str, config: dict, model: str, chat: bool, loading: Callable[[], AbstractContextManager]):
+    """The task object; its data set is loaded once, without lmms-eval's five attempts.
+
+    loading  the context in which its code may load data sets; the task object has it as `loading`
+    """
     from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 
     base = ConfigurableMessagesTask if chat else ConfigurableTask
@@ -174,21 +183,15 @@ def make(name: str, config: dict, model: str, chat: bool):
         if split not in task.dataset:
             raise DataError(f"it has no split {split!r}, but {', '.join(task.dataset)}")
 
-    once = {"download": download, "process_results": base.process_results.__wrapped__}
-    if (config.get("dataset_kwargs") or {}).get("token") is True and get_token() is None:
-        config["dataset_kwargs"] = {**config["dataset_kwargs"], "token": None}  # most are public
+    once = {"download": download, "process_results": base.process_results.__wrapped__, "loading": staticmethod(loading)}
     where, parts = config.get("dataset_path"), config.get("dataset_name")
     try:
-        return type(base.__name__, (base,), once)(config=config, model_name=model)
+        with loading():
+            return type(base.__name__, (base,), once)(config=config, model_name=model)
     except Exception as error:  # of the network, of the hub, of the schema, of the task's own code
         copy = f"hf download {where} --repo-type dataset --local-dir FOLDER"
         hint = "" if Path(str(where)).exists() else f"; offline, give data.path=FOLDER, a copy made by `{copy}`"
+        if "gated" in str(error):
+            hint = f"; accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN{hint}"
         part = f" ({parts})" if parts else ""
         raise DataError(f"data set {where}{part} of task {name!r}: {first_line(error)}{hint}") from error
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, DataError):
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -19,6 +19,7 @@ Example:
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -428,18 +429,19 @@ class Scenes(Dataset):
     """One question of every family about every scene of a split.
 
     Items are dictionaries: `id` ("test-00012-exist"), `image_id`, `image` (PIL), `question`, `answer`, `family` and
-    `patches` (BoolTensor over the 144 patches, row by row). Scenes are made when first asked for, and kept.
+    `patches` (BoolTensor over the model's patches, row by row). Scenes are made when first asked for, and kept.
 
     Args:
         split: "train", "validation" or "test".
         scenes: how many scenes; the data set is five times as long.
         seed: of the scenes and of the questions.
+        patch_count: of an image in the model.
     """
 
-    def __init__(self, split: str = "test", scenes: int = 400, seed: int = 0):
+    def __init__(self, split: str = "test", scenes: int = 400, seed: int = 0, patch_count: int = GRID**2):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        self.split, self.scenes, self.seed = split, scenes, seed
+        self.split, self.scenes, self.seed, self.patch_count = split, scenes, seed, patch_count
         self._made: dict[int, tuple[Scene, list[Question]]] = {}
 
     def __len__(self) -> int:
@@ -465,8 +467,17 @@ class Scenes(Dataset):
             "question": question.text,
             "answer": question.answer,
             "family": question.family,
-            "patches": torch.from_numpy(question.patches),
+            "patches": torch.from_numpy(on_grid(question.patches, self.patch_count)),
         }
+
+
+def on_grid(patches: np.ndarray, count: int) -> np.ndarray:
+    """Patches of the 12×12 grid in a model's own square grid, if that divides each into equal parts (24×24: in four);
+    none in other grids, where objects do not fill whole patches."""
+    factor, rest = divmod(math.isqrt(count), GRID)
+    if rest or (factor * GRID) ** 2 != count:
+        return np.zeros(count, bool)
+    return patches.reshape(GRID, GRID).repeat(factor, 0).repeat(factor, 1).reshape(-1)
 
 
 def data_hash(split: str, scenes: int, seed: int = 0) -> str:

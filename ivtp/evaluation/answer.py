@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torchmetrics import MeanMetric
 
+from ivtp.backbones.companions import crop_limit_of
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.trace import Trace
 from ivtp.data.answers import exact, normalise
@@ -53,7 +54,8 @@ class Answer(L.LightningModule):
     An outcome is a dict: id, image, family, question; answer, prediction, correct and what else `judge` says; early (the
     answer read out after part 1), early_correct, kept (patch indices after the last cut), hit (some kept token lies on
     what was asked about), share (of kept tokens there), words (of the instruction, with their relevance); of samples
-    whose id is in `watch` also lived (see there).
+    whose id is in `watch` also lived (see there); where crops are limited, fewer_crops (images that the checkpoint would
+    have cut into more).
     """
 
     def __init__(
@@ -103,7 +105,8 @@ class Answer(L.LightningModule):
         self.seconds += time.perf_counter() - start
         first = self.processor.batch_decode(tokens[:, :1], skip_special_tokens=True)
         early = self.processor.batch_decode(run.trace.early.argmax(-1, keepdim=True), skip_special_tokens=True)
-        rated, outcomes = run.trace.words or [None] * len(texts), []
+        kept = run.trace.kept
+        rated, outcomes, limit = run.trace.words or [None] * len(texts), [], crop_limit_of(self.model)
         for i, sample in enumerate(batch.samples):
             judged = self.judge(sample, texts[i])
             outcomes.append(
@@ -115,10 +118,16 @@ class Answer(L.LightningModule):
                     **judged,
                     "early": normalise(early[i]),
                     "early_correct": self.early(sample, judged, early[i], first[i]),
-                    **(counted(run.trace, i) if self.by_image else seen(run.trace.kept, i, sample["patches"])),
+                    **(
+                        counted(run.trace, i)
+                        if self.by_image
+                        else seen(kept if pictures(sample) else None, i, sample["patches"])
+                    ),
                     "words": rated[i] and [[word, round(score, 4)] for word, score in rated[i]],
                 }
             )
+            if limit is not None:
+                outcomes[-1]["fewer_crops"] = limit.affected([image.size for image in pictures(sample)])
             if sample["id"] in self.watch:
                 # The tower's rows are images, the language model's are prompts.
                 before = sum(len(pictures(other)) for other in batch.samples[:i])
@@ -145,7 +154,7 @@ def counted(trace: Trace, sample: int) -> dict:
     """Where images have other sizes: how many visual tokens a prompt had and how many are left, and which ("left", by
     their numbers among its visual tokens); patches that could be drawn in a common grid there are none."""
     before, kept = int(trace.visual[sample]), trace.kept
-    left = None if kept is None else kept.position[sample][kept.valid[sample]].tolist()
+    left = None if kept is None or not before else kept.position[sample][kept.valid[sample]].tolist()
     after = before if left is None else len(left)
     return {"kept": None, "hit": None, "share": None, "left": left, "visual_tokens": before, "tokens_left": after}
 

@@ -16,7 +16,14 @@ from ivtp.report.tables import as_markdown, markdown, print_other, print_table
 
 
 def report(
-    folder: Path, rows: list[dict], compare_to: str | None, data, console, question: str = "", about: dict | None = None
+    folder: Path,
+    rows: list[dict],
+    compare_to: str | None,
+    data,
+    console,
+    question: str = "",
+    about: dict | None = None,
+    image_processor=None,
 ) -> None:
     """Table on the console and in table.md, accuracy_flops.png, kept_tokens.png, report.html in `folder`, and overlap.png
     where the experiment asks for it.
@@ -25,6 +32,7 @@ def report(
 
     data   the data set, for kept_tokens.png; None: that picture is left as it is
     about  of the experiment: the paper's tables shown beside ours, claims, what the pictures show, overlap
+    image_processor  the model's, with `data`: kept_tokens.png shows images as the model reads them
     """
     about = about or {}
     outcomes = {row["label"]: records.read(folder / "outcomes" / f"{row['key']}.jsonl")[0] for row in rows}
@@ -45,7 +53,9 @@ def report(
     records.replace(folder / "table.md", text.encode())
     pictures = [folder / "accuracy_flops.png", folder / "kept_tokens.png"]
     accuracy_cost(rows, pictures[0])
-    if data is None or not kept_tokens(rows, outcomes, data, pictures[1], about.get("pictures") == "questions"):
+    if data is None or not kept_tokens(
+        rows, outcomes, data, image_processor, pictures[1], about.get("pictures") == "questions"
+    ):
         pictures.pop()
     if overlap.heat_map(agreement, folder / "overlap.png"):
         pictures.append(folder / "overlap.png")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ivtp.data.batches import pictures
 from ivtp.evaluation.benchmarks import principal
+from ivtp.report.viewer import as_seen
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -52,7 +53,10 @@ def accuracy_cost(rows: list[dict], path: Path) -> None:
 
 
 def overlay(image: np.ndarray, kept: list[int], patches: int, asked: np.ndarray | None = None) -> np.ndarray:
-    """The image with everything but the kept patches darkened, and the asked patches framed; RGB uint8."""
+    """The image with everything but the kept patches darkened, and the asked patches framed; RGB uint8.
+
+    image  what the model reads (see `viewer.as_seen`): one grid of patches covers all of it
+    """
     side = math.isqrt(patches)
     mask = np.zeros(patches, dtype=bool)
     mask[kept] = True
@@ -74,8 +78,11 @@ def overlay(image: np.ndarray, kept: list[int], patches: int, asked: np.ndarray 
     return large.clip(0, 255).astype(np.uint8)
 
 
-def kept_tokens(rows: list[dict], outcomes: dict, data, path: Path, one_image: bool = False, samples: int = 5) -> bool:
-    """One line of pictures per row that cuts tokens: what the last cut left, the asked objects framed in white.
+def kept_tokens(
+    rows: list[dict], outcomes: dict, data, image_processor, path: Path, one_image: bool = False, samples: int = 5
+) -> bool:
+    """One line of pictures per row that cuts tokens: what the last cut left, the asked objects framed in white. Images are
+    shown as the model reads them, padded or cropped, so that patches lie where they belong.
 
     False where no row kept a record of its tokens on one grid, or no sample has one image. Rows that choose at random,
     and those of later sections, are left out.
@@ -105,7 +112,8 @@ def kept_tokens(rows: list[dict], outcomes: dict, data, path: Path, one_image: b
         for column, (axes, place) in enumerate(zip(line, places, strict=True)):
             sample = data[place]
             outcome = by_id[sample["id"]]
-            axes.imshow(overlay(np.asarray(pictures(sample)[0]), outcome["kept"], patches, sample["patches"].numpy()))
+            image = np.asarray(as_seen(image_processor, *pictures(sample)))
+            axes.imshow(overlay(image, outcome["kept"], patches, sample["patches"].numpy()))
             axes.set(xticks=[], yticks=[])
             colour = "black" if outcome["correct"] is None else "tab:green" if outcome["correct"] else "tab:red"
             axes.set_xlabel(plain(outcome["prediction"]), fontsize=7, color=colour, labelpad=2)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ivtp import records
 from ivtp.evaluation.benchmarks import principal
-from ivtp.report.tables import cells, notes
+from ivtp.report.tables import cells, image_settings, notes
 
 HERE = Path(__file__).parent
 SITES = {"vision": "ViT", "language": "LLM"}
@@ -100,7 +100,9 @@ def facts(rows: list[dict]) -> dict[str, str]:
         "images": str(row["metrics"]["images"]),
         "data": ", ".join(f"{key} {value}" for key, value in data.items()),
         "data hash": str(row["data"].get("hash", "unknown")),
-        "model": f"{row['model']['source']}, {row['model']['dtype']}, hash {row['model']['hash']}",
+        "model": ", ".join(
+            [row["model"]["source"], row["model"]["dtype"], f"hash {row['model']['hash']}", *image_settings(rows)]
+        ),
         "prompt": row["prompt"],
         "seed": str(row["seed"]),
         "commit": ", ".join(commits) + f" (code {row['code']})",

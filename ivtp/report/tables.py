@@ -100,6 +100,18 @@ def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str],
     return heads, body()
 
 
+def image_settings(rows: list[dict]) -> list[str]:
+    """How images were made ready for the model, as far as a setting says so: one phrase each."""
+    model = rows[0].get("model") or {}
+    square = {"pad": "images padded to a square", "crop": "images cropped to a square at the centre"}
+    said = [square[model["image_padding"]]] if model.get("image_padding") in square else []
+    if model.get("max_crops"):
+        fewer = rows[0].get("fewer_crops")
+        counted = "" if fewer is None else f" ({fewer} would have had more)"
+        said.append(f"images cut into at most {model['max_crops']} crops{counted}")
+    return said
+
+
 def notes(rows: list[dict]) -> str:
     metrics = rows[0]["metrics"]
     n, images = principal(metrics)["n"], metrics["images"]
@@ -110,6 +122,7 @@ def notes(rows: list[dict]) -> str:
         else ""
     )
     about += "top5: the right class is among the five likeliest. " if "top5" in metrics else ""
+    about += "".join(f"{phrase[0].upper()}{phrase[1:]}. " for phrase in image_settings(rows))
     return about + (
         f"Accuracy in %, n = {n} questions about {images} images, ± standard error (images as clusters; sd: between seeds); "
         "differences are paired on the same questions, with 95 % bootstrap intervals over images, p by McNemar's exact "

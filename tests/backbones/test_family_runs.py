@@ -1,13 +1,16 @@
 """`python -m ivtp.run model=…` over a checkpoint of every family with its chat template, and what it says of sizes."""
 
 import json
+from io import StringIO
 
 import pytest
-from families import FAMILIES, TEXTS, family, photo
+from families import FAMILIES, TEXTS, family, llava_next, photo
+from rich.console import Console
 from running import by_label, one_line, run
 
 import ivtp
 from ivtp.backbones import ModelError
+from ivtp.run import say_crops
 
 CONFIGS = {
     "llava": "llava_1_5_7b",
@@ -77,6 +80,72 @@ def test_the_command_runs_every_family(kind, tmp_path, capsys):
         share = metrics["tokens_left"]["mean"] / metrics["visual_tokens"]["mean"]
         assert 0.25 < share < 0.5, "of every image's own tokens the share that was asked for stays"
         assert records["unpruned"]["metrics"]["tokens_left"] == records["unpruned"]["metrics"]["visual_tokens"]
+
+
+def start(kind: str, folder, *more: str) -> tuple[int, dict]:
+    """Exit status and records of a short run of a family."""
+    arguments = [
+        f"model={CONFIGS[kind]}",
+        f"model.source={saved(kind, folder / 'model')}",
+        "data=folder",
+        "logger=none",
+    ]
+    if not (folder / "data").exists():
+        questions(folder / "data")
+    if kind != "llava":
+        arguments.append("model.image=[70,70]")
+    encoder = ["model.text_encoder=null"] if kind in ("llava", "llava_next") else ["model.prompt=chat"]
+    arguments += [*encoder, f"data.path={folder / 'data'}", "data.max_new_tokens=2", "pruner=topk", "budget.ratio=0.4"]
+    code = run(*arguments, *more, output=folder / "out", quick=False)
+    return code, by_label(folder / "out" / "run") if code == 0 else {}
+
+
+def test_padding_and_cropping_are_two_results(tmp_path, capfd):
+    """One setting later, the answers of the other must not be taken for its own; table and page say which it is."""
+    keys = set()
+    for padding, words in (
+        ("pad", "Images padded to a square."),
+        ("crop", "Images cropped to a square at the centre."),
+    ):
+        code, records = start("llava", tmp_path, *([f"model.image_padding={padding}"] if padding == "crop" else []))
+        assert code == 0 and {r["model"]["image_padding"] for r in records.values()} == {padding}
+        keys |= {record["key"] for record in records.values()}
+        assert words in (tmp_path / "out" / "run" / "table.md").read_text()
+        assert words[1:-1] in (tmp_path / "out" / "run" / "report.html").read_text()
+    assert len(keys) == 4
+    capfd.readouterr()
+    assert start("llava", tmp_path, "model.image_padding=square")[0] == 2
+    assert "model.image_padding=square is not one of null, pad, crop" in one_line(capfd.readouterr().err)
+
+
+def test_images_with_more_crops_than_the_limit_are_counted_before_the_run_and_recorded(tmp_path, capfd):
+    """Of the five pictures those that the checkpoint cuts into 2 × 2 crops are made smaller at max_crops=2."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    sizes = [(70, 56), (56, 84), (70, 70), (70, 56), (84, 42)]
+    grids = family("llava_next")[0].config.image_grid_pinpoints
+    more = sum(select_best_resolution(size, grids) == (70, 70) for size in sizes)
+    assert 0 < more < len(sizes)
+    code, records = start("llava_next", tmp_path, "model.max_crops=2")
+    assert code == 0
+    said = f"max_crops=2: images that the checkpoint cuts into more crops are made smaller; {more} of the 5 images"
+    assert said in " ".join(capfd.readouterr().out.split())
+    for record in records.values():
+        assert (record["model"]["max_crops"], record["fewer_crops"]) == (2, more)
+        assert record["metrics"]["visual_tokens"]["mean"] < 90
+    assert (
+        f"Images cut into at most 2 crops ({more} would have had more)."
+        in (tmp_path / "out" / "run" / "table.md").read_text()
+    )
+
+
+def test_images_that_are_opened_later_are_counted_with_the_results():
+    """Of benchmarks only the texts are read before a run."""
+    model, processor, _ = llava_next()
+    ivtp.load_model(model, processor, max_crops=2)
+    console = Console(file=StringIO())
+    say_crops(model, [None, None], console)
+    assert "how many is recorded with the results" in " ".join(console.file.getvalue().split())
 
 
 def test_measuring_images_of_many_sizes_is_refused_before_the_first(tmp_path, capfd):

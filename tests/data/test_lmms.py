@@ -8,11 +8,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from itertools import cycle
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-from benchmark_data import ROWS, SCHEMAS
+from benchmark_data import ROWS, SCHEMAS, write
 from benchmarks import CLEAR, caches, command, definition, folder, replay
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -60,11 +61,11 @@ def task_of(name: str, **changes) -> LmmsTask:
 
 
 def names(found: dict) -> dict:
-    """The benchmark's own metrics without the task's name."""
+    """The metrics that lmms-eval has, without the task's name."""
     return {
         name.partition("/")[2]: metric["mean"]
         for name, metric in found.items()
-        if "/" in name and "accuracy/" not in name
+        if "/" in name and "accuracy/" not in name and "macro average" not in name
     }
 
 
@@ -97,6 +98,116 @@ def test_the_same_answers_get_the_score_that_lmms_eval_gives(name, tmp_path):
     assert found == pytest.approx(theirs) and theirs
     if name not in ("mmbench",):
         assert any(0 < value < 2000 for value in theirs.values()), "a score of nothing shows nothing"
+
+
+def three_f1(outcomes: list[dict]) -> float:
+    """The mean of the F1 of each sampling, by its definition: the number that papers call POPE."""
+    found = []
+    for category in ("adversarial", "popular", "random"):
+        own = [o for o in outcomes if o["family"] == category]
+        yes = [(o["prediction"].lower() == "yes", o["answer"] == "yes") for o in own]
+        hits, said, true = (sum(map(f, yes)) for f in (all, lambda p: p[0], lambda p: p[1]))
+        found.append(2 * hits / (said + true))
+    return sum(found) / 3
+
+
+def test_pope_is_the_mean_of_three_f1_beside_the_one_of_lmms_eval(tmp_path):
+    """85.9 of LLaVA-1.5 is that mean; one F1 over all questions is another number."""
+    task = task_of("pope")
+    answers = ["yes", "Yes", "no", "yes", "yes", "no", "Yes", "no"]
+    outcomes = [
+        {"image": str(place), **task._text(place), **task.judge(task._text(place), answers[place])}
+        for place in range(ROWS)
+    ]
+    found = measured(task.scores(outcomes, tmp_path))
+    name, single = "pope/pope_f1_score, macro average", "pope/pope_f1_score"
+    assert found[name]["mean"] == pytest.approx(three_f1(outcomes)) != found[single]["mean"]
+    assert found["score"] == {**found[name], "name": name}
+    # Delete one of eight images in turn (the jackknife); the error of the mean, not of one F1.
+    without = [three_f1([o for o in outcomes if o is not left]) for left in outcomes]
+    mean = sum(without) / ROWS
+    error = ((ROWS - 1) / ROWS * sum((x - mean) ** 2 for x in without)) ** 0.5
+    assert found[name]["se"] == pytest.approx(error) != found[single]["se"]
+    with pytest.raises(DataError, match=r"name their column, as in data\.family=category"):
+        task_of("pope", family=None)
+
+
+PUBLISHED = {
+    **dict.fromkeys(
+        ("vqav2", "gqa", "textvqa", "pope", "mme", "mme_perception"),
+        "\nAnswer the question using a single word or phrase.",
+    ),
+    "textvqa_ocr": "\nReference OCR token: four, red\nAnswer the question using a single word or phrase.",
+    "vizwiz": "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    "\nAnswer the question using a single word or phrase.",
+    "scienceqa_img": "\nD. seven\nAnswer with the option's letter from the given choices directly.",
+    "mmbench": "\nD. seven\nAnswer with the option's letter from the given choices directly.",
+    "mmbench_cn": "\nD. seven\n请直接回答选项字母。",
+    "seedbench": "\nD. seven\nAnswer with the option's letter from the given choices directly.",
+    "llava_in_the_wild": "?",
+    "mmvet": "?",
+}
+"""How the prompts end that LLaVA-1.5's published numbers were made with (its docs/Evaluation.md and scripts/v1_5/eval)."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_asks_as_the_published_numbers_do(name):
+    """Another prompt is another number: MM-Vet step by step, MMBench in other words."""
+    c = config_of(name).data
+    task = load_task(c.task, c.path, c.preset, c.prompt, judge={"MODEL_VERSION": "none", "OPENAI_API_KEY": "none"})
+    doc = task.eval_docs[0]
+    text = task.doc_to_text(doc)
+    assert text.endswith(PUBLISHED[name]) and "step" not in text
+    if name not in ("mmbench", "mmbench_cn", "scienceqa_img", "seedbench"):  # those have options between
+        assert text.lower() == (doc["question"].removesuffix("?") + "?" + PUBLISHED[name].removeprefix("?")).lower()
+
+
+def test_llava_is_asked_in_the_words_of_its_published_numbers():
+    """Vicuna's system sentence and turns, letter by letter what lmms-eval's own LLaVA renders."""
+    import lmms_eval
+    from jinja2 import Template
+
+    source = (Path(lmms_eval.__path__[0]) / "models" / "simple" / "llava_hf.py").read_text()
+    template = next(line for line in source.splitlines() if line.startswith("VICUNA_CHAT_TEMPLATE")).partition(" = ")[2]
+    message = [{"role": "user", "content": "<image>\n{question}"}]
+    text = Template(json.loads(template)).render(messages=message, add_generation_prompt=True)
+    for name in ("llava_1_5_7b", "llava_1_5_13b", "llava_next_7b"):
+        assert load_config([f"model={name}"]).model.prompt == text
+
+
+def test_the_plugin_pads_where_it_is_told_to():
+    from ivtp.lmms_plugin import Ivtp
+
+    padded = Ivtp("tiny", pruner="none", image_padding="pad").processor.image_processor
+    assert padded.do_pad and not getattr(Ivtp("tiny", pruner="none").processor.image_processor, "do_pad", False)
+
+
+@pytest.mark.parametrize("token", [None, "hf_somebody"])
+def test_no_login_is_needed_for_what_a_task_loads_besides_its_documents(token, monkeypatch, tmp_path):
+    """GQA's images are a second data set, GQA-ru's are loaded when a document is shown; both with token=True."""
+    import datasets.load
+    import huggingface_hub
+
+    build, tokens = datasets.load.load_dataset_builder, []
+
+    def spy(path, name=None, **more):
+        assert Path(path).is_dir(), f"{path} is on the hub"
+        tokens.append(more.get("token"))
+        huggingface_hub.utils.build_hf_headers(token=more.get("token"))  # raises for True without a login
+        return build(path, name, **more)
+
+    monkeypatch.setattr(datasets.load, "load_dataset_builder", spy)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    copy = write("gqa", tmp_path)  # of its own: what is prepared already would not be loaded
+    for name in ("gqa", "gqa-ru"):
+        task = LmmsTask(name, 144, path=str(copy))
+        shown = [task[place]["images"] for place in range(ROWS)]
+        assert [image.size for (image,) in shown] == [(96, 96)] * ROWS
+    assert tokens == ([True] * 4 if token else [None] * 4)
+    assert datasets.load.load_dataset_builder is spy
 
 
 def test_an_answer_ends_where_the_task_says():
@@ -172,8 +283,8 @@ def test_our_loop_and_the_command_of_lmms_eval_print_the_same(prepared_in, tmp_p
             == 0
         )
         for record in map(json.loads, (tmp_path / name / "run" / "results.jsonl").read_text().splitlines()):
-            own = {k: m["mean"] for k, m in record["metrics"].items() if "/" in k and "accuracy/" not in k}
-            ours[record["label"]] |= own
+            task = next(k for k in record["metrics"] if "/" in k and "accuracy/" not in k).partition("/")[0]
+            ours[record["label"]] |= {f"{task}/{k}": value for k, value in names(record["metrics"]).items()}
     assert ours["none"] == pytest.approx(dense, abs=5e-5)
     assert ours["ivtp"] == pytest.approx(pruned, abs=5e-5)
 

@@ -262,3 +262,14 @@ def test_same_in_another_process():
     code = "import hashlib as h, ivtp.data.scenes as s; print(h.sha256(s.make_scene('test', 5).image).hexdigest())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert out == hashlib.sha256(make_scene("test", 5).image).hexdigest()
+
+
+def test_what_is_asked_about_lies_in_the_grid_of_the_model():
+    """LLaVA-1.5's 24 × 24 patches are quarters of the scenes' 12 × 12; in a grid of 7 × 7 nobody knows them."""
+    item = next(i for i, sample in enumerate(Scenes(scenes=1)) if sample["patches"].any())
+    coarse, fine = Scenes(scenes=1)[item]["patches"], Scenes(scenes=1, patch_count=576)[item]["patches"]
+    row, column = torch.arange(576) // 24, torch.arange(576) % 24
+    assert torch.equal(fine, coarse[row // 2 * 12 + column // 2])
+    for count in (49, 143, 0):
+        other = Scenes(scenes=1, patch_count=count)[item]["patches"]
+        assert len(other) == count and not other.any()

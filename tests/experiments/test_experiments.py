@@ -268,16 +268,19 @@ def test_table3_needs_no_model(tmp_path, monkeypatch):
 
 
 def test_figure5_shows_several_questions_about_one_image(monkeypatch, tmp_path):
+    from transformers import AutoImageProcessor
+
     from ivtp.data.scenes import Scenes
+    from ivtp.models import EMBEDDED
     from ivtp.report.figures import kept_tokens
 
-    data, shown = Scenes("test", 3), []
+    data, shown, images_of = Scenes("test", 3), [], AutoImageProcessor.from_pretrained(EMBEDDED["tiny"])
     monkeypatch.setattr("ivtp.report.figures.overlay", lambda image, *_: (shown.append(image.tobytes()), image)[1])
     told = [{"id": data[i]["id"], "kept": [1], "correct": True, "prediction": "x"} for i in range(len(data))]
     rows = [{"label": "ivtp", "section": "", "tokens": [144, 1]}]
     for one_image, images in ((True, 1), (False, 3)):
         shown.clear()
-        kept_tokens(rows, {"ivtp": told}, data, tmp_path / "x.png", one_image)
+        kept_tokens(rows, {"ivtp": told}, data, images_of, tmp_path / "x.png", one_image)
         assert len(shown) == 5 and len(set(shown)) == images
 
 

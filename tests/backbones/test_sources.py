@@ -1,0 +1,212 @@
+"""Sources of checkpoints: a folder or the hub, what each error of a hub says, and what a checkpoint may not hold."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_llava, word_tokenizer
+
+import ivtp
+from ivtp.backbones import ModelError
+from ivtp.backbones.checkpoints import check_finite, check_sizes, read_config
+from ivtp.backbones.hub import SMALL, Checkpoint, at_revision, fetch, is_folder
+
+COMMIT = "c" * 40
+ANSWERS = {
+    "gated": (403, "GatedRepo"),
+    "locked": (401, "GatedRepo"),
+    "private": (401, None),
+    "absent": (404, "RepoNotFound"),
+    "moved": (404, "RevisionNotFound"),
+    "broken": (500, None),
+}
+"""Status and error code of every request, by the name of the repository."""
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        name = self.path.split("/api/models/owner/")[-1].split("/")[0].split("?")[0]
+        status, code = ANSWERS[name]
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+@pytest.fixture
+def online(endpoint, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    return monkeypatch
+
+
+def refused(source, *words, revision=None):
+    with pytest.raises(ModelError) as error:
+        fetch(source, revision, SMALL)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gated", ["owner/gated is gated", "accept its licence at http://127", "hf auth login"]),
+        ("locked", ["owner/locked is gated", "hf auth login"]),
+        ("private", ["owner/private is neither a folder here nor a repository", "hf auth login"]),
+        ("absent", ["owner/absent is neither a folder here nor a repository", "check the spelling"]),
+        ("moved", ["owner/moved has no revision 'v2'", "branch, a tag or a whole commit"]),
+        ("broken", ["owner/broken", "http://127"]),
+    ],
+)
+def test_an_error_of_the_hub_is_one_line_that_says_what_to_do(online, name, words):
+    refused(f"owner/{name}@v2" if name == "moved" else f"owner/{name}", *words)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(online):
+    """A closed port, and `weights/llava` where no such folder is: no minute of retries."""
+    from huggingface_hub import constants
+
+    online.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    refused("weights/llava", "neither a folder here", "http://127.0.0.1:9 cannot be reached", "HF_ENDPOINT")
+    assert time.monotonic() - start < 3
+
+
+def test_offline_is_said():
+    refused("owner/name", "owner/name is neither a folder here", "HF_HUB_OFFLINE", "offline, give a local folder")
+
+
+def test_what_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    for source in ("weights/llava", "./a/b", "../x", "/a/b", "~/a", "llava", "a/b/c", "a/b/", "weights"):
+        assert is_folder(source), source
+    assert not is_folder("llava-hf/llava-1.5-7b-hf")
+    refused("weights/llava", "model folder weights/llava does not exist")
+    (tmp_path / "weights" / "a@b").mkdir()
+    assert at_revision("weights/a@b") == ("weights/a@b", None)  # a name that exists is no revision
+    assert at_revision("owner/name@v1") == ("owner/name", "v1")
+    assert at_revision("owner/name@v1", "v1") == ("owner/name", "v1")
+    refused("weights/a@b", "revision='v1' is for a hub id", revision="v1")
+
+
+# What a checkpoint holds
+
+
+def config_folder(tmp_path, config):
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return Checkpoint("liuhaotian/llava-v1.5-7b", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "form"),
+    [
+        ("liuhaotian/llava-v1.5-13b", {"model_type": "llava_llama"}, "llava-hf/llava-1.5-13b-hf"),
+        ("me/mine", {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, "llava-hf/llava-1.5-7b-hf"),
+        ("liuhaotian/llava-v1.6-mistral-7b", {"model_type": "llava_mistral"}, "llava-hf/llava-v1.6-mistral-7b-hf"),
+        ("lmms-lab/llava-onevision-qwen2-0.5b-ov", {"model_type": "llava_qwen"}, "llava-onevision-qwen2-0.5b-ov-hf"),
+        ("OpenGVLab/InternVL3-2B", {"model_type": "internvl_chat"}, "OpenGVLab/InternVL3-2B-hf"),
+    ],
+)
+def test_an_original_checkpoint_names_the_form_to_use(source, config, form, tmp_path):
+    checkpoint = Checkpoint(source, config_folder(tmp_path, config).folder, COMMIT)
+    with pytest.raises(ModelError, match="own format") as error:
+        read_config(checkpoint)
+    assert str(error.value).endswith(form) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("text_config", {"hidden_size": -42}, "text_config.hidden_size=-42, but it must be a whole number from 1"),
+        ("text_config", {"num_attention_heads": 0}, "text_config.num_attention_heads=0"),
+        ("text_config", {"num_hidden_layers": 10**9}, "text_config.num_hidden_layers=1000000000"),
+        ("text_config", {"num_hidden_layers": 2.5}, "text_config.num_hidden_layers=2.5"),
+        ("text_config", {"num_key_value_heads": 4}, "must be a multiple of num_key_value_heads=4"),
+        ("vision_config", {"hidden_size": 25}, "must be a multiple of num_attention_heads=3"),
+        ("vision_config", {"patch_size": 36}, "vision_config.image_size=35, but it must be at least patch_size=36"),
+        ("vision_config", {"image_size": "336"}, "vision_config.image_size='336'"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_built(part, change, says, tmp_path):
+    config = make_llava().config.to_dict()
+    config[part] |= change
+    with pytest.raises(ModelError) as error:
+        read_config(config_folder(tmp_path, config))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sizes_that_models_have_are_not_refused():
+    """Every shipped config, and the sizes that transformers itself gives each family."""
+    from omegaconf import OmegaConf
+    from transformers import AutoConfig
+
+    from ivtp.backbones import LANGUAGE
+    from ivtp.config import FOLDER
+
+    for path in (FOLDER / "model").glob("*.yaml"):
+        check_sizes(path.stem, OmegaConf.to_container(OmegaConf.load(path)))
+    for name in (*LANGUAGE, "clip", "siglip"):
+        check_sizes(name, AutoConfig.for_model(name).to_dict())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")])
+def test_a_damaged_config_is_one_line(text, tmp_path):
+    with pytest.raises(ModelError, match=r"config\.json") as error:
+        read_config(config_folder(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_named(value, dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)).to(dtype)
+    check_finite("x", model)
+    model[1].weight.data[2, 3] = value
+    with pytest.raises(ModelError, match=r"x: weight 1\.weight has NaN or infinite"):
+        check_finite("x", model)
+
+
+def test_a_model_with_such_a_weight_is_not_loaded():
+    model = make_llava()
+    model.model.language_model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj\.weight has NaN"):
+        ivtp.load_model(model, SimpleNamespace(tokenizer=word_tokenizer()))
+
+
+def test_downloads_show_their_bars_and_a_reader_may_turn_them_off():
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    from ivtp.build import quiet_libraries
+
+    enable_progress_bars()
+    quiet_libraries()
+    assert not are_progress_bars_disabled()
+    disable_progress_bars()
+    quiet_libraries()
+    assert are_progress_bars_disabled()
+    enable_progress_bars()
