@@ -43,7 +43,13 @@ def append(path: Path, rows: Iterable[dict]) -> None:
 
 def lines(rows: Iterable[dict]) -> bytes:
     """Rows as JSON lines."""
-    return "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    return b"".join(as_json(row) + b"\n" for row in rows)
+
+
+def as_json(value: object, indent: int | None = None) -> bytes:
+    """JSON in UTF-8, which cannot hold half of a surrogate pair: that stays an escape."""
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    return text.encode(errors="backslashreplace")
 
 
 def _unwritable(path: Path, error: OSError) -> RecordError:

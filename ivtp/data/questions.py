@@ -65,6 +65,13 @@ class Questions(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def texts(self, item: int) -> dict:
+        """A sample without its image."""
+        row = self.rows[item]
+        return {name: row.get(name, "all") for name in ("id", "question", "answer", "family")} | {
+            "image_id": row["image"]
+        }
+
     def __getitem__(self, item: int) -> dict:
         row = self.rows[item]
         try:
