@@ -70,7 +70,8 @@ def failure(sample: dict, error: BaseException, cause: str) -> Failed:
     """The failure that an error of a sample's own is recorded as; any other error is raised again."""
     if not own(error):
         raise error
-    said = shortened(one_line(" ".join(str(error).split())), 400)
+    said = str(error).removeprefix(f"sample {sample['id']!r}: ")  # it stands beside its name
+    said = shortened(one_line(" ".join(said.split())), 400)
     name = type(error).__name__
     reason = said if isinstance(error, ValueError) and said else f"{name}: {said}" if said else name
     frames = traceback.extract_tb(error.__traceback__)

@@ -108,8 +108,10 @@ def facts(rows: list[dict]) -> dict[str, str]:
     data = {key: value for key, value in row["data"].items() if key != "hash" and value is not None}
     machine = row["machine"]
     commits = dict.fromkeys(str(r.get("git")) for r in rows)
+    failed = max(r["failed"]["n"] if r.get("failed") else 0 for r in rows)
     return {
         "questions": str(principal(row["metrics"])["n"]),
+        **({"failed samples": f"up to {failed} in a row of the table"} if failed else {}),
         "images": str(row["metrics"]["images"]),
         "data": ", ".join(f"{key} {value}" for key, value in data.items()),
         "data hash": str(row["data"].get("hash", "unknown")),
