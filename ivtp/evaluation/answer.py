@@ -22,6 +22,7 @@ from ivtp.models import prune
 from ivtp.pruners.planner import Planner
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.traverse import Kept
+from ivtp.registry import UserError
 
 JUDGE_FAILURES = 8
 """So many answers in a row that the judge fails on, and the run ends: it is down."""
@@ -159,12 +160,14 @@ class Answer(Isolated):
         return outcomes
 
     def _judged(self, sample: dict, text: str) -> dict | Failed:
-        """What the answer is worth, or why that cannot be said; raises JudgeError where a judge fails again and again."""
+        """What the answer is worth, or why that cannot be said; raises UserError where a judge fails again and again."""
         try:
             judged = self.judge(sample, text)
         except Exception as error:
             self.judge_failures += isinstance(error, JudgeError)
-            if self.judge_failures >= JUDGE_FAILURES or self.collate is None:
+            if self.judge_failures >= JUDGE_FAILURES:
+                raise UserError(f"{error}; the same command goes on from here") from error
+            if self.collate is None:
                 raise
             return failure(sample, error, SCORING)
         self.judge_failures = 0
@@ -174,7 +177,8 @@ class Answer(Isolated):
         """Whether the answer was right after part 1. Only its first token is read out there: it counts where that token
         is the one that the whole model starts a correct answer with."""
         if self.generation["max_new_tokens"] == 1:
-            return self.judge(sample, early)["correct"]
+            judged = self._judged(sample, early)
+            return None if isinstance(judged, Failed) else judged["correct"]
         correct = judged["correct"]
         return correct if correct is None or normalise(early) == normalise(first) else type(correct)()
 

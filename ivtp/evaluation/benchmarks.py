@@ -30,10 +30,10 @@ def measured(scores: Sequence, lost: Collection[str] = ()) -> dict:
         except JudgeError:
             raise
         except DataError:
-            if not lost:
-                raise
             score = without(score, lost)
-            value = score.aggregate(score.values) if score.values else None
+            if not lost or not score.values:
+                raise
+            value = score.aggregate(score.values)
         if value is not None:  # None: it only wrote a file
             numbers.append(score)
             found[score.name] = {"mean": value, "se": error([score], value), "n": len(score.values)}

@@ -51,9 +51,9 @@ class Classify(Isolated):
             finite = logits.isfinite().all(-1)
         self.seconds += time.perf_counter() - start
         labels = torch.tensor([sample["label"] for sample in batch.samples], device=logits.device)
-        self.accuracy.update(logits[finite], labels[finite])
-        if self.top5 is not None:
-            self.top5.update(logits[finite], labels[finite])
+        for metric in (self.accuracy, self.top5):
+            if metric is not None and finite.any():
+                metric.update(logits[finite], labels[finite])
         dtype = next(encoder.model.parameters()).dtype
         return [
             self._outcome(i, sample, ranked[i], run.vision) if good else not_finite(sample, dtype).outcome()
