@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ivtp.registry import UserError
+from ivtp.text import escaped
 
 
 class RecordError(UserError):
@@ -47,9 +48,8 @@ def lines(rows: Iterable[dict]) -> bytes:
 
 
 def as_json(value: object, indent: int | None = None) -> bytes:
-    """JSON in UTF-8, which cannot hold half of a surrogate pair: that stays an escape."""
-    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
-    return text.encode(errors="backslashreplace")
+    """JSON in UTF-8; what would not be plain text in it stays an escape."""
+    return escaped(json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)).encode()
 
 
 def _unwritable(path: Path, error: OSError) -> RecordError:
