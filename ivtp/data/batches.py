@@ -143,7 +143,8 @@ class QuestionData(L.LightningDataModule):
              have the same sizes side by side, for models that read images of several sizes
     A data set may bring more than items: `judge(sample, text)` → fields of an outcome (see `exact`), `generation`, settings
     of `generate`; `scores(outcomes, folder)`, metrics of its own; `about`, what its results depend on; `sketch(place)` →
-    a sample without its images, and bytes that stand for their content, where that is cheaper than opening them.
+    a sample without its images, and bytes that stand for their content, where that is cheaper than opening them;
+    `texts(place)`, a sample without its images, to name one that cannot be read.
     """
 
     def __init__(
