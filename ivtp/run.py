@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> Path:
     reference = "class token" if shape.has_cls else "mean of all patches"
     if not shape.has_cls:
         console.print(f"{config.model.source} has no class token: in its tower the {reference} judges", soft_wrap=True)
-    data = build.build_data(config, processor, shape, config.trainer.batch_size)
+    data = build.build_data(config, processor, shape, config.trainer.batch_size, build.context_of(model))
     if data.survey.failed:
         console.print(f"{len(data.survey.failed)} of {len(data.data)} samples cannot be used", soft_wrap=True)
     text, instruction = prompt_lengths(data.survey, processor) if shape.language else (0, 0)

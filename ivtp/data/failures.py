@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset, Subset
 
-from ivtp.data.questions import DataError
+from ivtp.data.errors import DataError
 from ivtp.registry import UserError
 from ivtp.text import one_line, shortened
 

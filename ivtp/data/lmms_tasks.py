@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
+from ivtp.data.errors import DataError, first_line
 from ivtp.data.judges import environment
-from ivtp.data.questions import DataError
 from ivtp.registry import UnknownName, unknown
 
 PLAIN = "ivtp"
@@ -185,10 +185,3 @@ def make(name: str, config: dict, model: str, chat: bool):
         hint = "" if Path(str(where)).exists() else f"; offline, give data.path=FOLDER, a copy made by `{copy}`"
         part = f" ({parts})" if parts else ""
         raise DataError(f"data set {where}{part} of task {name!r}: {first_line(error)}{hint}") from error
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, DataError):
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
