@@ -7,8 +7,8 @@ import re
 CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
 """Control characters but tab and line feed, and lone surrogates, which UTF-8 cannot hold."""
 TURNING = r"\u2028\u2029\u202a-\u202e\u2066-\u2069"
-"""Other ends of lines, and what turns the direction of the text that follows."""
-_UNPRINTABLE = re.compile(f"[{CONTROLS}]")
+"""Unicode's own ends of lines, and what turns the direction of the text that follows."""
+_UNPRINTABLE = re.compile(rf"[{CONTROLS}\u2028\u2029]")
 _NOT_PLAIN = re.compile(f"[{CONTROLS}{TURNING}\t\n]")
 _NOT_PLAIN_IN_JSON = re.compile(f"[{CONTROLS}{TURNING}]")
 
@@ -18,7 +18,8 @@ def _escape(match: re.Match) -> str:
 
 
 def printable(text: str) -> str:
-    """The text for a page, which isolates directions itself: control characters and lone surrogates as escapes."""
+    """The text for a page, which isolates directions itself: without control characters, ends of lines that Vega cannot
+    read, and lone surrogates."""
     return _UNPRINTABLE.sub(_escape, text)
 
 

@@ -105,8 +105,10 @@ function theme() {
   };
 }
 
-// Every cell of the row, under names without signs that Vega would read.
-const tooltip = data.heads.map((head, i) => ({ field: `c${i}`, type: "nominal", title: head || "method" }));
+// Every cell of the row, under names without signs that Vega would read. Vega-Lite writes titles into an expression and
+// escapes nothing but quotes.
+const literal = (text) => text.replace(/\\/g, "\\\\").replace(/\n/g, " ");
+const tooltip = data.heads.map((head, i) => ({ field: `c${i}`, type: "nominal", title: literal(head || "method") }));
 const cellsOf = (i) => Object.fromEntries(data.cells[i].map((cell, c) => [`c${c}`, cell]));
 const seriesNames = [...new Set(rows.map((row) => row.series))];
 const sectionNames = [...new Set(rows.map((row) => row.section))];
