@@ -1,13 +1,19 @@
 # `make help` lists what there is. PYTHON chooses the interpreter: make test PYTHON=.venv/bin/python
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test run cost wheel ci clean
+.PHONY: help install constraints lint format test test-lowest test-newest run cost wheel ci clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: ## Install the package, editable, with what development needs
-	$(PYTHON) -m pip install -e ".[dev]"
+install: ## Install the package, editable, with what development needs, in the tested versions
+	$(PYTHON) -m pip install -e ".[dev]" -c constraints.txt
+
+constraints: ## Write the versions installed in a fresh environment of the newest ones to constraints.txt
+	$(PYTHON) -m venv build/newest && build/newest/bin/pip install --quiet -e ".[dev]"
+	head -2 constraints.txt > build/constraints.txt
+	build/newest/bin/pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' >> build/constraints.txt
+	mv build/constraints.txt constraints.txt
 
 lint: ## Check style and formatting
 	$(PYTHON) -m ruff check .
@@ -19,6 +25,12 @@ format: ## Put the code into shape
 
 test: ## Run the tests
 	$(PYTHON) -m pytest
+
+test-lowest: ## All that has to pass, with the lowest versions that pyproject.toml allows
+	bash .ci/run lowest
+
+test-newest: ## All that has to pass, with the newest versions
+	bash .ci/run newest
 
 run: ## The main job: the group-size ablation, offline, in minutes
 	$(PYTHON) -m ivtp.run experiment=ablation_groupsize

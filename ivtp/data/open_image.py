@@ -70,8 +70,9 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image as 8-bit RGB, as a viewer shows it.
 
-    It is rotated as its EXIF orientation says (in place). Transparent parts are composited on white: the colours below them are
-    undefined, and often black or noise. Deeper pixels are scaled (see `eight_bit`), other colour spaces converted.
+    It is rotated as its EXIF orientation says (in place). Transparent parts are composited on white: the colours below
+    them are undefined, and often black or noise. Deeper pixels are scaled (see `eight_bit`), other colour spaces
+    converted.
     Raises ImageError for a side more than `MAX_ASPECT` times the other.
     """
     longer, shorter = max(image.size), min(image.size)
