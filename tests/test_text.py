@@ -84,7 +84,9 @@ def check_folder(folder: Path) -> None:
     assert "<" not in text and "](" not in text and not re.search(r"(?<!\\)`", text)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert [c for c in page if (unicodedata.category(c) == "Cc" and c not in "\n\t") or "\ud800" <= c <= "\udfff"] == []
-    assert "\\u2028" not in page.partition('id="data">')[2].partition("<")[0].replace("\\\\u2028", ""), "Vega cannot read it"
+    assert "\\u2028" not in page.partition('id="data">')[2].partition("<")[0].replace("\\\\u2028", ""), (
+        "Vega cannot read it"
+    )
     found = Elements(page).found
     assert sum(n for (tag, _), n in found.items() if tag == "script") == 3
     tags = {tag for tag, _ in found}
