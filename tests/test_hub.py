@@ -252,9 +252,11 @@ def test_a_benchmark_that_moves_is_evaluated_anew(hub, shell, place):
     assert len(results(place / "benchmark")) == 4
 
 
-def test_a_slow_download_says_what_it_fetches(hub, shell):
-    done = fine(shell.run("model=llava_1_5_7b", "model.source=someone/slow", "pruner=fastv", *QUICK, "output=slow"))
+def test_a_slow_download_shows_its_progress(shell):
+    command = ["model=llava_1_5_7b", "model.source=someone/slow", "pruner=fastv", *QUICK, "output=slow"]
+    done = fine(shell.run(*command, watched=True))
     assert re.search(r"fetching someone/slow from http\S+: \d+ files, [\d.]+ MB", done.err)
+    assert re.search(r"\d+%\|.*MB/s", done.err)
 
 
 def test_a_gated_repository_opens_with_a_login(shell):
