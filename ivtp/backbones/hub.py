@@ -80,9 +80,17 @@ def _snapshot(wanted: dict) -> str:
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        """No bar: of a look at the list of files, and in a log."""
+
+        def __init__(self, *given, **settings) -> None:
+            super().__init__(*given, **{**settings, "disable": True})
 
     try:
-        missing = [file for file in snapshot_download(**wanted, dry_run=True) if file.will_download]
+        listed = snapshot_download(**wanted, dry_run=True, tqdm_class=Silent)
+        missing = [file for file in listed if file.will_download]
     except DryRunError as unreachable:
         try:
             return snapshot_download(**wanted, local_files_only=True)
@@ -92,7 +100,7 @@ def _snapshot(wanted: dict) -> str:
         size = readable(sum(file.file_size for file in missing))
         files = f"{len(missing)} files" if len(missing) > 1 else missing[0].filename
         print(f"fetching {wanted['repo_id']} from {constants.ENDPOINT}: {files}, {size}", file=sys.stderr, flush=True)
-    return snapshot_download(**wanted)
+    return snapshot_download(**wanted, tqdm_class=None if missing and sys.stderr.isatty() else Silent)
 
 
 def readable(size: float) -> str:
