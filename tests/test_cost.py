@@ -74,7 +74,9 @@ def test_another_checkpoint_is_counted_by_its_own_sizes(capsys):
     assert printed(capsys, *other) == own
     assert printed(capsys, *other, "model.config.model_type=llava") != own  # somebody who gives sizes gets these
     encoder = ("model=open_clip_b16", "model.source=ViT-B-32", "pruner=topk")
-    assert printed(capsys, *encoder)["tokens"][0] < printed(capsys, *encoder, "model.architecture=ViT-B-16")["tokens"][0]
+    assert (
+        printed(capsys, *encoder)["tokens"][0] < printed(capsys, *encoder, "model.architecture=ViT-B-16")["tokens"][0]
+    )
 
 
 def test_the_table_sets_the_pruner_beside_the_unpruned_model(capsys):
