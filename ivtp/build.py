@@ -122,8 +122,22 @@ def usual_image(config: DictConfig) -> tuple[int, int] | None:
     return image[0], image[1]
 
 
-def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> QuestionData:
-    """The data module of `config.data`."""
+def context_of(model) -> int | None:
+    """The most positions that the language model was made for, as its config states them; None where it states none."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    stated = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor, trained = rope.get("factor"), rope.get("original_max_position_embeddings") or stated
+    if not stated or not factor:
+        return stated
+    return max(stated, round(factor * trained))  # some configs state the length before RoPE was stretched
+
+
+def build_data(
+    config: DictConfig, processor, shape: Shape, batch_size: int, context: int | None = None
+) -> QuestionData:
+    """The data module of `config.data`; longer prompts than `context` are refused."""
     c = config.data
     if is_encoder(config):
         from ivtp.build_images import build_images
@@ -139,7 +153,7 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
     elif c.name == "folder":
         from ivtp.data.questions import Questions
 
-        data = Questions(c.path, shape.patches)
+        data = Questions(c.path, shape.patches, c.match, c.answers)
     elif c.name == "lmms":
         from ivtp.data.lmms import LmmsTask
 
@@ -151,7 +165,7 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
             f"data={c.name} asks nothing, but this model answers questions: data=scenes, folder, lmms; labelled images are "
             "for encoders (model=tiny_clip, deit_small, …)"
         )
-    collate, sort = Collate(processor, config.model.prompt), config.trainer.sort
+    collate, sort = Collate(processor, config.model.prompt, context), config.trainer.sort
     return QuestionData(data, collate, batch_size, c.limit, sort, shape.by_image)
 
 

@@ -51,6 +51,8 @@ CHOICES = {
     "evaluate": (True, False),
     "measure": (True, False),
     "pictures": ("images", "questions"),
+    "data.match": ("exact", "vqa", "contains"),
+    "data.answers": ("any", "vqa"),
 }
 TEXTS = ("name", "output", "model.source", "model.prompt", "data.path", "data.task")
 

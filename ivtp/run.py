@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> Path:
     reference = "class token" if shape.has_cls else "mean of all patches"
     if not shape.has_cls:
         console.print(f"{config.model.source} has no class token: in its tower the {reference} judges", soft_wrap=True)
-    data = build.build_data(config, processor, shape, config.trainer.batch_size)
+    data = build.build_data(config, processor, shape, config.trainer.batch_size, build.context_of(model))
     say_crops(model, data.survey.sizes, console)
     text, instruction = prompt_lengths(data.survey, processor) if shape.language else (0, 0)
     planned = build.plan_rows(rows, shape, text, instruction)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ivtp.data.answers import exact
-from ivtp.data.questions import DataError
+from ivtp.data.errors import DataError
 
 CHAT = "chat"
 """Of `prompt`: the processor's own chat template."""
@@ -36,13 +36,17 @@ def pictures(sample: dict) -> list:
 class Collate:
     """Samples → Batch.
 
-    prompt  a template with a place for "{question}" and the image token, each once (the token stands for all images of a
-            sample); or "chat": the processor's chat template, for the sample's `messages`, else for a user who shows the
-            images and asks the question
+    prompt   a template with a place for "{question}" and the image token, each once (the token stands for all images of
+             a sample); or "chat": the processor's chat template, for the sample's `messages`, else for a user who shows
+             the images and asks the question
+    context  the most tokens of a prompt, image tokens included, that the model was made for; None: any number
+
+    Raises DataError, naming the sample, for one that cannot be asked.
     """
 
-    def __init__(self, processor, prompt: str) -> None:
+    def __init__(self, processor, prompt: str, context: int | None = None) -> None:
         self.processor, self.prompt, self.image_token = processor, prompt, processor.image_token
+        self.context = context
         if prompt == CHAT:
             if not getattr(processor, "chat_template", None):
                 raise DataError(
@@ -63,10 +67,25 @@ class Collate:
         mark = self.processor.tokenizer.bos_token
         more = {"add_special_tokens": False} if self.prompt == CHAT and mark and texts[0].startswith(mark) else {}
         inputs = self.processor(images=shown or None, text=texts, return_tensors="pt", padding=True, **more)
+        for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
+            self._check_length(sample, length, "images included")
         return Batch(dict(inputs), samples)
+
+    def _check_length(self, sample: dict, length: int, counted: str) -> None:
+        if self.context and length > self.context:
+            raise DataError(
+                f"sample {sample['id']!r}: its prompt has {length} tokens, {counted}, but the model's context is "
+                f"{self.context} (max_position_embeddings); shorten the question, or show fewer or smaller images"
+            )
 
     def render(self, sample: dict) -> str:
         """The prompt of a sample as text, one image token for each of its images."""
+        text = self._filled(sample)
+        if self.context and len(text) > self.context:  # only then, since it takes time
+            self._check_length(sample, len(self.processor.tokenizer(text)["input_ids"]), "before its images")
+        return text
+
+    def _filled(self, sample: dict) -> str:
         question, images = sample["question"], len(pictures(sample))
         if not question.strip():
             raise DataError(f"sample {sample['id']!r} has an empty question")
@@ -88,7 +107,7 @@ class Collate:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run has to know of all samples before the first; `hash` covers ids, texts, pixels and asked patches.
+    """What a run has to know of all samples before the first; `hash` covers ids, texts, images and asked patches.
 
     prompts  the questions as the model reads them, with one image token for an image
     sizes    of the images of each sample; None: they were not opened
@@ -108,7 +127,8 @@ class QuestionData(L.LightningDataModule):
              have the same sizes side by side, for models that read images of several sizes
     A data set may bring more than items: `judge(sample, text)` → fields of an outcome (see `exact`), `generation`, settings
     of `generate`; `scores(outcomes, folder)`, metrics of its own; `about`, what its results depend on; `sketch(place)` →
-    a sample without its images, and bytes that stand for their content, where that is cheaper than opening them.
+    a sample without its images (with their `sizes`, where known), and bytes that stand for their content, where that is
+    cheaper than opening them.
     """
 
     def __init__(
@@ -141,11 +161,11 @@ class QuestionData(L.LightningDataModule):
             sample, content = sketch(place)
             ids.append(sample["id"])
             questions.append(sample["question"])
-            sizes.append([image.size for image in pictures(sample)] if "image" in sample else None)
-            if "image" not in sample:  # it was not opened: as many as the question has places for, at least one
-                sample["images"] = [None] * max(1, sample["question"].count(self.collate.image_token))
+            sizes.append(self._known_sizes(sample))
             prompts.append(self.collate.render(sample))
             digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
+            if "answers" in sample:
+                digest.update(json.dumps(sample["answers"]).encode())
             digest.update(content)
         return Survey(ids, questions, prompts, digest.hexdigest()[:16], sizes)
 
@@ -163,6 +183,16 @@ class QuestionData(L.LightningDataModule):
         known = self.survey.sizes[place]
         return [image.size for image in pictures(self.data[place])] if known is None else known
 
+    def _known_sizes(self, sample: dict) -> list[tuple[int, int]] | None:
+        """Sizes of a sample's images, None if they are not known; one whose images were not opened gets places for them."""
+        if "image" in sample or "images" in sample:
+            return [image.size for image in pictures(sample)]
+        known = sample.get("sizes")
+        # Where nothing is known, as many as the question has places for, at least one.
+        count = max(1, sample["question"].count(self.collate.image_token)) if known is None else len(known)
+        sample["images"] = [None] * count
+        return None if known is None or None in known else known
+
     def as_they_come(self, outcomes: list[dict]) -> list[dict]:
         """Outcomes in the order of the data set, in whichever they were asked."""
         place = {name: place for place, name in enumerate(self.survey.ids)}
@@ -170,7 +200,7 @@ class QuestionData(L.LightningDataModule):
 
     def _open(self, place: int) -> tuple[dict, bytes]:
         sample = self.data[place]
-        return sample, sample["image"].tobytes() + sample["patches"].numpy().tobytes()
+        return sample, b"".join(image.tobytes() for image in pictures(sample)) + sample["patches"].numpy().tobytes()
 
     def scores(self, outcomes: list[dict], folder) -> list:
         """Metrics of the data set's own, beside accuracy."""

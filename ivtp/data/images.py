@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ivtp.data.batches import Batch
-from ivtp.data.questions import DataError
+from ivtp.data.errors import DataError
+from ivtp.data.open_image import open_image, to_rgb
 
 QUESTION = "which class ?"
 
@@ -20,7 +20,7 @@ QUESTION = "which class ?"
 class Images(Dataset):
     """Images with one label each, as samples like those of questions; `label` is the place of `answer` in `classes`.
 
-    open      place → the image
+    open      place → the image, RGB
     ids       names of the images, all different
     patches   place → "v" True on the patches that show the object, where that is known
     """
@@ -49,9 +49,10 @@ class Images(Dataset):
 
     def __getitem__(self, place: int) -> dict:
         try:
-            image = self.open(place).convert("RGB")
-        # What Pillow raises for files that are missing, damaged, or bombs.
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+            image = self.open(place)
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder may raise anything on a damaged file
             raise DataError(f"image {self.ids[place]!r} cannot be read ({error}); mend or remove it") from error
         return self._text(place) | {"image": image}
 
@@ -100,11 +101,13 @@ def image_folder(path: str | Path, patch_count: int) -> Images:
     nowhere = torch.zeros(patch_count, dtype=torch.bool)
 
     def stamp(place: int) -> str:
-        return f"{ids[place]} {files[place].stat().st_size}"
+        try:
+            return f"{ids[place]} {files[place].stat().st_size}"
+        except OSError:  # such as a link that leads nowhere
+            return ids[place]
 
-    return Images(
-        ids, [label for _, label in found.samples], names, lambda i: Image.open(files[i]), lambda _: nowhere, stamp
-    )
+    labels = [label for _, label in found.samples]
+    return Images(ids, labels, names, lambda i: open_image(files[i]), lambda _: nowhere, stamp)
 
 
 def hub_images(
@@ -146,7 +149,7 @@ def hub_images(
     nowhere = torch.zeros(patch_count, dtype=torch.bool)
     ids = [str(i) for i in range(len(found))]
     return Images(
-        ids, labels, names, lambda i: found[i][image], lambda _: nowhere, lambda i: f"{found._fingerprint} {i}"
+        ids, labels, names, lambda i: to_rgb(found[i][image]), lambda _: nowhere, lambda i: f"{found._fingerprint} {i}"
     )
 
 

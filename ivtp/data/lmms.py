@@ -24,10 +24,11 @@ import torch
 from PIL import Image, ImageFile
 from torch.utils.data import Dataset
 
+from ivtp.data.errors import DataError, first_line
 from ivtp.data.generation import cut, settings, stops
 from ivtp.data.judges import JudgeError, checked, judged_by
-from ivtp.data.lmms_tasks import first_line, load_task
-from ivtp.data.questions import DataError
+from ivtp.data.lmms_tasks import load_task
+from ivtp.data.open_image import DEEP, eight_bit
 from ivtp.registry import UnknownName, unknown
 
 THOUGHTS = [["<think>", "</think>"], ["<analysis>", "</analysis>"]]
@@ -89,6 +90,8 @@ def shown(visuals: Sequence | None, text: str, chat: bool) -> dict:
     for image in images:
         if not isinstance(image, Image.Image):
             raise DataError(f"it shows a {type(image).__name__}, and only images can be pruned here")
+    # As lmms-eval's own models convert them, but for 16 bits and floats, which that clips to white or black.
+    images = [eight_bit(image) if image.mode.startswith(DEEP) else image for image in images]
     return more | {"images": [image.convert("RGB") for image in images]}
 
 

@@ -9,8 +9,8 @@ from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
+from ivtp.data.errors import DataError, first_line
 from ivtp.data.judges import environment
-from ivtp.data.questions import DataError
 from ivtp.registry import UnknownName, unknown
 
 PLAIN = "ivtp"
@@ -195,10 +195,3 @@ def make(name: str, config: dict, model: str, chat: bool, loading: Callable[[], 
             hint = f"; accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN{hint}"
         part = f" ({parts})" if parts else ""
         raise DataError(f"data set {where}{part} of task {name!r}: {first_line(error)}{hint}") from error
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, DataError):
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

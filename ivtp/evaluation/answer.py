@@ -105,6 +105,7 @@ class Answer(L.LightningModule):
         self.seconds += time.perf_counter() - start
         first = self.processor.batch_decode(tokens[:, :1], skip_special_tokens=True)
         early = self.processor.batch_decode(run.trace.early.argmax(-1, keepdim=True), skip_special_tokens=True)
+        kept = run.trace.kept
         rated, outcomes, limit = run.trace.words or [None] * len(texts), [], crop_limit_of(self.model)
         for i, sample in enumerate(batch.samples):
             judged = self.judge(sample, texts[i])
@@ -117,7 +118,11 @@ class Answer(L.LightningModule):
                     **judged,
                     "early": normalise(early[i]),
                     "early_correct": self.early(sample, judged, early[i], first[i]),
-                    **(counted(run.trace, i) if self.by_image else seen(run.trace.kept, i, sample["patches"])),
+                    **(
+                        counted(run.trace, i)
+                        if self.by_image
+                        else seen(kept if pictures(sample) else None, i, sample["patches"])
+                    ),
                     "words": rated[i] and [[word, round(score, 4)] for word, score in rated[i]],
                 }
             )
@@ -149,7 +154,7 @@ def counted(trace: Trace, sample: int) -> dict:
     """Where images have other sizes: how many visual tokens a prompt had and how many are left, and which ("left", by
     their numbers among its visual tokens); patches that could be drawn in a common grid there are none."""
     before, kept = int(trace.visual[sample]), trace.kept
-    left = None if kept is None else kept.position[sample][kept.valid[sample]].tolist()
+    left = None if kept is None or not before else kept.position[sample][kept.valid[sample]].tolist()
     after = before if left is None else len(left)
     return {"kept": None, "hit": None, "share": None, "left": left, "visual_tokens": before, "tokens_left": after}
 

@@ -82,6 +82,8 @@ def headline(metrics: dict) -> str:
     if "score" in metrics:
         return f"{metrics['score']['name']} {number(metrics['score'])}"
     accuracy = metrics["accuracy"]
+    if not accuracy["n"]:
+        return "not scored"
     error = "" if accuracy["se"] != accuracy["se"] else f" ± {100 * accuracy['se']:.1f}"
     return f"{100 * accuracy['mean']:.1f}{error} %"
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from ivtp import load_model
+from ivtp.build import context_of
 from ivtp.data.batches import Collate, QuestionData
 from ivtp.data.questions import DataError
 from ivtp.data.scenes import Scenes
@@ -147,3 +148,74 @@ def test_chat_without_a_template_says_so(processor, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", None)
     with pytest.raises(DataError, match=r"model\.prompt=chat, but this processor has no chat template"):
         Collate(processor, "chat")
+
+
+# Samples that cannot be asked ------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_beyond_the_model_s_context_is_its_sample_s_own_error(processor):
+    """Image tokens count; else it would end in "out of memory", or in an answer to positions nobody trained."""
+    collate = Collate(processor, PROMPT, context=150)
+    collate([sample("a", "read the number")])  # 144 + 3 + begin
+    for question, said in (
+        ("read the number " * 3, "154 tokens, images"),
+        ("read the number " * 80, "242 tokens, before"),
+    ):
+        with pytest.raises(DataError, match=rf"sample 'b': its prompt has {said}.*, but the model's context is 150"):
+            collate([sample("a", "read the number"), sample("b", question)])
+    Collate(processor, PROMPT)([sample("b", "read the number " * 80)])
+
+
+def test_a_megabyte_of_question_is_refused_before_it_is_padded(processor):
+    """A batch would otherwise be padded to its length; a run knows it before the first batch."""
+    collate = Collate(processor, PROMPT, context=512)
+    with pytest.raises(DataError, match=r"sample 'b': its prompt has 250002 tokens, before its images, but .* 512"):
+        collate.render(sample("b", "red " * 250_000))
+    assert collate.render(sample("b", "x" * 250_000)), "long in characters, one unknown word for the model"
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({}, 1009),
+        ({"rope_type": "linear", "factor": 4.0}, 4036),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1009}, 4036),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 499}, 1009),
+    ],
+)
+def test_the_context_is_the_one_that_rope_was_stretched_to(rope, context):
+    """Configs state the length before the stretching or after it; a prompt that fits is never refused."""
+    from transformers import LlamaConfig
+
+    class Model:
+        config = LlamaConfig(
+            max_position_embeddings=1009, rope_parameters={"rope_theta": 1e4, **rope} if rope else None
+        )
+
+    assert context_of(Model) == context
+    assert context_of(object()) is None
+
+
+def test_the_context_of_a_vision_language_model_is_that_of_its_language_model():
+    assert context_of(load_model("tiny")[0]) == 512
+
+
+def test_accepted_answers_are_part_of_what_a_result_depends_on(processor):
+    known = sample("1", "read the number") | {"patches": torch.zeros(144)}
+    data = [known, known | {"answers": ["yes", "no"]}, known | {"answers": ["yes"]}, known | {"answers": []}]
+    hashes = [QuestionData([one], Collate(processor, PROMPT), 1).survey.hash for one in data]
+    assert len(set(hashes)) == 4
+
+
+def test_images_that_were_not_opened_have_their_places_in_the_prompt(processor):
+    class Data(list):
+        def sketch(self, place):
+            return {**self[place], "sizes": [(9, 9)] * place}, b""
+
+    data = QuestionData(
+        Data({"id": str(i), "question": "what ?", "answer": "", "family": "all"} for i in range(3)),
+        Collate(processor, PROMPT),
+        1,
+    )
+    assert data.survey.prompts == ["what ?", "<image> what ?", "<image> <image> what ?"]
+    assert data.survey.sizes == [[], [(9, 9)], [(9, 9)] * 2]
