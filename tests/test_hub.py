@@ -208,7 +208,7 @@ def test_siblings_run_by_their_hub_ids(name, hub, shell, place):
     unpruned, pruned = results(place / name)
     assert pruned["model"]["hash"] == hub[load_config([f"model={name}"]).model.source].main
     assert unpruned["metrics"]["accuracy"]["n"] == pruned["metrics"]["accuracy"]["n"] == 8
-    assert pruned["tflops"] < unpruned["tflops"]
+    assert pruned["tflops"]["total"] < unpruned["tflops"]["total"]
     with hub.watched() as asked:
         fine(shell.run(f"model={name}", *SIBLINGS[name], *QUICK, f"output={name}"))
     assert fetched(asked) == []
@@ -256,7 +256,7 @@ def test_a_slow_download_shows_its_progress(shell):
     command = ["model=llava_1_5_7b", "model.source=someone/slow", "pruner=fastv", *QUICK, "output=slow"]
     done = fine(shell.run(*command, watched=True))
     assert re.search(r"fetching someone/slow from http\S+: \d+ files, [\d.]+ MB", done.err)
-    assert re.search(r"\d+%\|.*MB/s", done.err)
+    assert re.search(r"[^0-9][1-9]\d?%\|.* / 6.59MB", done.err)  # on the way
 
 
 def test_a_gated_repository_opens_with_a_login(shell):
