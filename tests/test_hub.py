@@ -256,7 +256,7 @@ def test_a_slow_download_shows_its_progress(shell):
     command = ["model=llava_1_5_7b", "model.source=someone/slow", "pruner=fastv", *QUICK, "output=slow"]
     done = fine(shell.run(*command, watched=True))
     assert re.search(r"fetching someone/slow from http\S+: \d+ files, [\d.]+ MB", done.err)
-    assert re.search(r"[^0-9][1-9]\d?%\|.* / 6.59MB", done.err)  # on the way
+    assert re.search(r"[^0-9][1-9]\d?%\|", done.err)  # on the way
 
 
 def test_a_gated_repository_opens_with_a_login(shell):
