@@ -262,7 +262,11 @@ def pruner_source(name: str) -> str | None:
     top = function.__module__.partition(".")[0]
     if top == __package__.partition(".")[0]:
         return None
-    path = Path(inspect.getsourcefile(function))
+    path = Path(inspect.getsourcefile(function) or "")
+    if not path.is_file():
+        raise UserError(
+            f"pruner {name!r} was defined in a session, and a result cannot be tied to its source; put it into a file"
+        )
     folders = getattr(sys.modules[top], "__path__", None)
     if folders is not None:
         return fingerprint([file for folder in folders for file in Path(folder).rglob("*.py")])

@@ -159,6 +159,8 @@ def _timm(source: str, pretrained: bool, revision: str | None, _) -> Encoder:
     with one_line(source):
         model = timm.create_model(where, pretrained=pretrained)
     settings = timm.data.resolve_model_data_config(model)
+    if side := getattr(model.patch_embed, "img_size", None):  # older versions give that of the pretrained weights
+        settings["input_size"] = (settings["input_size"][0], *side)
     transform = Transform(timm.data.create_transform(**settings), settings["mean"], settings["std"])
     whole = settings["crop_pct"] == 1 or settings["crop_mode"] == "squash"
 

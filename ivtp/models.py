@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from threading import Lock
 
 from torch import Tensor, nn
 
-from ivtp.backbones import LANGUAGE, ModelError, family
+from ivtp.backbones import LANGUAGE, ModelError, family, unwrapped
 from ivtp.backbones.checkpoints import check_finite, check_weight_files, read_config
 from ivtp.backbones.hub import SMALL, WEIGHTS, fetch, one_line
 from ivtp.backbones.image_inputs import configure, limit_crops, warn_if_cropped
@@ -20,6 +22,7 @@ from ivtp.pruners.planner import Fixed, Planner
 from ivtp.pruners.sites import part1_layers
 from ivtp.pruning.cost import Shape
 from ivtp.pruning.pruner import Plan
+from ivtp.registry import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"tiny": ASSETS / "tiny"}
@@ -84,7 +87,7 @@ def load_model(
     if pack:
         packed.pack(model)
     limit = configure(model, processor, image_padding, max_crops)
-    accompany(model, processor, text_encoder or _clip_inside(where), pack, limit)
+    accompany(unwrapped(model), processor, text_encoder or _clip_inside(where), pack, limit)
     return model, processor
 
 
@@ -150,6 +153,7 @@ def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
 
     image  height and width in pixels of an image, for families whose number of tokens depends on it; None: a usual one
     """
+    model = unwrapped(model)
     shape = family(model).shape
     if image is None:
         return shape(model)
@@ -177,10 +181,9 @@ def source_shape(
     return replace(shape_of(config, image), **text_sizes(config, text_encoder or _clip_inside(checkpoint.folder)))
 
 
-@contextmanager
 def prune(
     model: nn.Module,
-    pruner: str | Plan = "ivtp",
+    pruner: str | Plan | None = "ivtp",
     *,
     instruction: str | Sequence[str] | None = None,
     read_early: bool = False,
@@ -188,18 +191,53 @@ def prune(
     shared: SharedVision | None = None,
     truth: Tensor | None = None,
     **settings,
-) -> Iterator:
+) -> Pruning:
     """Within the context `model` runs pruned: its own forward, and transformers' own `generate`.
 
-    pruner       a name from `list_pruners()`, with its settings (`keep=16`, `group=3`, `tau=0.2`, …), or a Plan
+    pruner       a name from `list_pruners()`, with its settings (`keep=16`, `group=3`, `tau=0.2`, …), or a Plan; None: all
+                 tokens stay
     instruction  the part of each prompt that guidance reads (the question); default: all text of the prompt
     read_early   also read the answer out after part 1 (`run.trace.early`)
     shared       keeps what the vision tower of this model answers for other plans that prune it alike
     truth        for oracles: "b v", True on the patches that each prompt asks about
-    Yields a run whose `trace` tells which tokens each cut of the last prefill kept. On exit, by an exception too, the
-    model is what it was before.
+    Yields a run whose `trace` tells which tokens each cut of the last prefill (of this thread, if it ran any) kept. On
+    exit, by an exception too, the model is what it was before; a copy or a pickle of the model is never pruned.
+
+    Contexts on one model nest: the innermost holds. A thread runs under the innermost context that it opened itself; a
+    thread that opened none, under that of the thread whose context was opened first. One model serves one call at a time.
     """
+    return Pruning(partial(_prune, model, pruner, instruction, read_early, part, shared, truth, settings))
+
+
+class Pruning(ContextDecorator):
+    """The context of one call of `prune`; it is entered once."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager]) -> None:
+        self._make, self._context = make, None
+
+    def _recreate_cm(self) -> Pruning:
+        return Pruning(self._make)
+
+    def __enter__(self):
+        if self._context is not None:
+            raise UserError("this context was entered before, and each is entered once; call ivtp.prune(...) again")
+        self._context = self._make()
+        return self._context.__enter__()
+
+    def __exit__(self, *error) -> bool | None:
+        return self._context.__exit__(*error)
+
+
+_opening = Lock()
+"""Contexts open one by one: the first may load a text encoder, which transformers cannot do in two threads at once."""
+
+
+@contextmanager
+def _prune(model, pruner, instruction, read_early, part, shared, truth, settings) -> Iterator:
+    model = unwrapped(model)
     shape = shape_of(model)
+    if pruner is None:
+        pruner = "none"
     if isinstance(pruner, str):
         pruner = Planner(pruner, shape, settings)
     elif isinstance(pruner, Plan):
@@ -211,5 +249,7 @@ def prune(
     more = {name: value for name, value in (("shared", shared), ("truth", truth)) if value is not None}
     # A tower alone has one size of images; a model that reads several asks for a plan for each.
     given = plan if shape.language is None else pruner
-    with family(model).prune(model, given, instruction, read_at, part, **more) as run:
+    with ExitStack() as stack:
+        with _opening:
+            run = stack.enter_context(family(model).prune(model, given, instruction, read_at, part, **more))
         yield run

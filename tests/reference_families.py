@@ -140,13 +140,14 @@ def internvl_features(model, batch, cuts):
     return model.model.multi_modal_projector(units.flatten(1, 2))
 
 
-def family_logits(model, batch, sequences, trace):
+def family_logits(model, batch, sequences, trace, mask=None):
     """Logits "b n vocabulary" of the whole, unshortened sequences (prompts and what was generated behind them), and
-    "b n" of what is left in the end."""
+    "b n" of what is left in the end; `mask`: 0 on padding, where there is some behind the prompts too."""
     core, config, kind = model.model, model.config, model.config.model_type
     b, n = sequences.shape
     start = batch["input_ids"].shape[1]
     valid = torch.cat([batch["attention_mask"].bool(), torch.ones(b, n - start, dtype=torch.bool)], 1)
+    valid = valid if mask is None else mask.bool()
     image = torch.zeros(b, n, dtype=torch.bool)
     image[:, :start] = batch["input_ids"] == config.image_token_id
     taps, newline = [], None

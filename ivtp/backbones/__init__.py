@@ -5,14 +5,12 @@ A family is one module with `shape(model_or_config) → Shape` and `prune(model,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
 from torch import nn
 
+from ivtp.backbones.replacing import Latest
 from ivtp.registry import UserError, unknown
 
 # By transformers' `model_type`, or package and class.
@@ -44,8 +42,21 @@ class ModelError(UserError):
     """A model that is not there, not readable or not supported."""
 
 
+def unwrapped(model):
+    """The model inside the wrappers of torch.compile and PEFT."""
+    while True:
+        if "_orig_mod" in getattr(model, "_modules", ()):
+            model = model._orig_mod
+        elif isinstance(model, nn.Module) and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def family(model) -> ModuleType:
     """The module of a model's (or config's) family; raises ModelError for one that is not supported."""
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise ModelError(f"{type(model).__name__} wraps the model; prune what is inside: ivtp.prune(model.module, ...)")
     config = getattr(model, "config", model)
     names = [
         getattr(config, "model_type", ""),
@@ -57,25 +68,11 @@ def family(model) -> ModuleType:
     raise ModelError(unknown("model family", str(names[0] or names[1]), FAMILIES))
 
 
-@contextmanager
-def replaced(module: nn.Module, function: Callable, name: str = "forward") -> Iterator[None]:
-    """Give one module instance another forward for as long as the context lasts."""
-    before = module.__dict__.get(name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(module, name)
-        else:
-            setattr(module, name, before)
-
-
-@dataclass
 class VisionRun:
-    """Cuts of the last image batch through a vision tower."""
+    """Cuts of the last image batch through a vision tower, and the tokens that left it."""
 
-    vision: list = None
+    vision = Latest()
+    tokens = Latest()
 
     @property
     def trace(self) -> VisionRun:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ivtp.backbones import VisionRun, replaced
-from ivtp.backbones.transformers_attention import attend, key_mask, peek
+from ivtp.backbones import VisionRun
+from ivtp.backbones.replacing import replaced
+from ivtp.backbones.transformers_attention import attend, check_kernel, key_mask, peek
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.pruner import Plan
@@ -138,7 +139,8 @@ def pool(tower: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor]:
 @contextmanager
 def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part, pool: Callable = pool) -> Iterator:
     """`pool`: what the tower gives out of what the layers left, its states and its pooled output."""
-    run = VisionRun()
+    run, tower = VisionRun(), getattr(model, "vision_model", model)
+    check_kernel(tower.config._attn_implementation, biased=bool(plan.vision and plan.vision.proportional))
 
     def forward(pixel_values=None, interpolate_pos_encoding=False, **unused):
         for wish in ("output_attentions", "output_hidden_states"):
@@ -153,5 +155,5 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part, pool: C
             states, pooled = pool(stack.tower, tokens)
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
 
-    with replaced(getattr(model, "vision_model", model), forward):
+    with replaced(tower, forward=forward):
         yield run

@@ -25,6 +25,7 @@ class InternFront:
 
     separator = None
     renumbers = True
+    counts_padding = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.core, self.config = model, model.model, model.config

@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from ivtp.backbones.llama import Keys, Llama
-from ivtp.backbones.transformers_attention import asking
+from ivtp.backbones.llama import Llama
+from ivtp.backbones.pruned_cache import Keys, Memory
 from ivtp.pruning.pruner import Plan, Pruner
 from ivtp.pruning.tokens import Tokens
 from ivtp.pruning.traverse import Kept, traverse
@@ -31,7 +31,7 @@ class Prefilled:
 
     hidden: Tensor
     keys: list[Keys]
-    memory: list[tuple[Tensor, Tensor]]
+    memory: Memory
     cuts: list[Kept]
     early: Tensor | None
 
@@ -92,7 +92,7 @@ def compiled(how: str | Mapping) -> Callable[..., Prefilled]:
         if asks:
             raise UserError(f"compile={how}: this method cannot be one graph, since {asks}; run it without compile")
         torch.compiler.cudagraph_mark_step_begin()
-        with asking(), torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
+        with torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
             made = graph(decoder, head, plan, *told)
         # What a CUDA graph returns lies in its own memory, which the next run writes over. Keys and values are copied
         # into the cache anyway.

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ivtp.backbones.clip_vit import score_bias
+from ivtp.backbones.pruned_cache import Keys
 from ivtp.backbones.transformers_attention import CACHE, attend, key_mask, peek
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.tokens import Tokens
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Which of the keys that a layer remembers may be seen "b m"; `padded`: False where all may."""
-
-    valid: Tensor
-    padded: bool
-
-
 class Llama:
-    """A `LlamaModel` as a stack, with the key-value cache whose layers hold as many tokens as each layer saw.
+    """A `LlamaModel` as a stack.
 
-    cache     a transformers `DynamicCache`, or None
-    earlier   for every layer which of the keys in the cache may be seen; empty before the prefill
-    seen      the same of every layer that has run, its own tokens included
+    cache     the cache of a pruned prefill, which the tokens continue; None: they are a prompt
+    seen      of every layer that has run which of its keys are real
     memory    of every layer that has run its keys and values; kept where `remembers`, for a cache that is filled later
     part1     after this many leading layers `on_part1` is called; it may take the appended reference token away
     renumber  positions close up over pruned tokens instead of staying what they were
@@ -37,8 +28,7 @@ class Llama:
     def __init__(
         self,
         decoder: nn.Module,
-        cache=None,
-        earlier: list[Keys] | None = None,
+        cache: DynamicCache | None = None,
         renumber: bool = False,
         rope: Callable[[Tensor], Tensor] = lambda position: position,
         remembers: bool = False,
@@ -47,7 +37,6 @@ class Llama:
         self.layers = decoder.layers[: decoder.config.num_hidden_layers]
         self.depth = len(self.layers)
         self.cache = cache
-        self.earlier = earlier or []
         self.seen: list[Keys] = []
         self.memory: list[tuple[Tensor, Tensor]] = []
         self.renumber, self.rope, self.remembers = renumber, rope, remembers
@@ -58,12 +47,12 @@ class Llama:
         block = self.layers[layer]
         n = tokens.x.shape[1]
         valid, padded = tokens.valid, tokens.facts.padded
-        if self.earlier:
-            before = self.earlier[layer]
-            valid, padded = torch.cat([before.valid, valid], 1), before.padded or padded
+        if self.cache is not None:
+            keys = self.cache.layers[layer].expect(valid, padded)
+            valid, padded = keys.valid, keys.padded
         self.seen.append(Keys(valid, padded))
         bias = None
-        if proportional and layer > 0 and not self.earlier:
+        if proportional and layer > 0 and self.cache is None:
             bias = tokens.size.log()
         kernel = block.self_attn.config._attn_implementation
         output, (q, k, v) = attend(
@@ -75,8 +64,9 @@ class Llama:
         )
         if self.remembers:
             self.memory.append((k, v))
-        attention = Attention(q, k, v, block.self_attn.scaling, score_bias(tokens, bias), causal=True)
-        return tokens.x + output, attention
+        # Text that follows a cache is not pruned: nothing reads its attention, whose bias would have to cover all keys.
+        bias = None if self.cache is not None else score_bias(tokens, bias)
+        return tokens.x + output, Attention(q, k, v, block.self_attn.scaling, bias, causal=True)
 
     def peek(self, layer: int, tokens: Tokens) -> Attention:
         block = self.layers[layer]

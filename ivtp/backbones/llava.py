@@ -10,13 +10,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ivtp.backbones import ModelError, family, replaced
+from ivtp.backbones import ModelError, family
 from ivtp.backbones.clip_vit import ClipVit
 from ivtp.backbones.companions import guide_for, text_sizes
 from ivtp.backbones.decoders import decoder_layers
+from ivtp.backbones.generating import generating
 from ivtp.backbones.pictures import Front, Layout, Picture
+from ivtp.backbones.replacing import replaced
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.siglip_vit import SiglipVit
+from ivtp.backbones.transformers_attention import check_kernel
 from ivtp.backbones.vlm import PrunedModel
 from ivtp.pruning.cost import Shape
 from ivtp.pruning.tokens import Tokens
@@ -57,6 +60,7 @@ class LlavaFront:
     """
 
     renumbers = True
+    counts_padding = True
 
     def __init__(self, model: nn.Module, images: Images) -> None:
         self.core, self.config, self.images = model.model, model.config, images
@@ -138,13 +142,13 @@ def pruned(model: nn.Module, front, planner, instruction, read_at, part, shared,
         raise ValueError(
             "position_ids='renumber' would take the rows and columns out of M-RoPE; use position_ids='keep' with this model"
         )
+    for pruner, config in ((outline.vision, model.config.vision_config), (outline.language, model.config.text_config)):
+        check_kernel(config._attn_implementation, biased=bool(pruner and pruner.proportional))
     guide = guide_for(model, outline.reads_clip or outline.reads_relevance) if outline.needs_guide else None
     if guide is not None:
         guide.instructions = [instruction] if isinstance(instruction, str) else instruction
     run = PrunedModel(model, front, planner, guide, read_at, part, shared, truth)
-    # `generate` of newer transformers encodes images by itself before the prefill, unless the model cannot take that.
-    whole_prefill = replaced(model, lambda: False, "_supports_mm_encoder_outputs")
-    with replaced(model.model, run.forward), whole_prefill:
+    with replaced(model.model, forward=run.forward), generating(model, outline):
         yield run
 
 

@@ -10,8 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ivtp.backbones import ModelError, VisionRun, replaced, timm_vit
+from ivtp.backbones import ModelError, VisionRun, timm_vit
 from ivtp.backbones.clip_vit import sample_number, score_bias, shrink, spread
+from ivtp.backbones.replacing import own, replaced, set_to
 from ivtp.backbones.timm_vit import mean_for_padding
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.cost import Layers, Shape
@@ -59,7 +60,7 @@ class OpenClipVit:
             patches = table[1:].T.reshape(1, -1, *model.grid_size)
             patches = nn.functional.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
             small = nn.Parameter(torch.cat([table[:1], patches.flatten(2)[0].T]), requires_grad=False)
-            with replaced_parameter(model, "positional_embedding", small):
+            with set_to(small, model, "positional_embedding"):
                 x = model._embeds(shrink(image, grid, model.patch_size))
         place = torch.arange(x.shape[1], device=x.device)[None]
         tokens = Tokens.of(
@@ -106,16 +107,6 @@ class OpenClipVit:
 
     def leave(self, layer: int, tokens: Tokens) -> Tokens:
         return tokens
-
-
-@contextmanager
-def replaced_parameter(module: nn.Module, name: str, value: nn.Parameter) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def tower(model: nn.Module) -> nn.Module:
@@ -169,20 +160,19 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iter
         return
     run = VisionRun()
     stack = OpenClipVit(visual)
-    left: list[Tokens] = []
 
     def forward(image):
         with part("vision"):
             tokens, run.vision = traverse(stack, stack.embed(image, plan.image), plan.vision, part)
-            left[:] = [tokens]
+            run.tokens = tokens
             pooled, patches = visual._pool(tokens.x)
             if visual.proj is not None:
                 pooled = pooled @ visual.proj
         return (pooled, patches) if visual.output_tokens else pooled
 
     def pool(x):
-        return plain_pool(mean_for_padding(x, left[0], prefix=False))
+        return plain_pool(mean_for_padding(x, run.tokens, prefix=False))
 
-    plain_pool = visual._global_pool
-    with replaced(visual, forward), replaced(visual, pool, "_global_pool"):
+    plain_pool = own(visual, "_global_pool")
+    with replaced(visual, forward=forward, _global_pool=pool):
         yield run

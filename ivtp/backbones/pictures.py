@@ -72,10 +72,12 @@ class Front(Protocol):
 
     separator  embedding of a placeholder that carries no visual token "d", or None
     renumbers  False where positions cannot close up over what is cut (M-RoPE)
+    counts_padding  whether positions that are not given count padding, as the model's own forward does
     """
 
     separator: Tensor | None
     renumbers: bool
+    counts_padding: bool
 
     def pictures(self, input_ids: Tensor, inputs: dict) -> list[Picture]:
         """The images of a batch in the order of the prompts."""

@@ -13,7 +13,7 @@ from transformers.vision_utils import (
 )
 
 from ivtp.backbones.clip_vit import sample_number
-from ivtp.backbones.transformers_attention import attend, peek
+from ivtp.backbones.transformers_attention import attend, check_kernel, peek
 from ivtp.backbones.units import WindowAttention
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.tokens import Tokens
@@ -109,6 +109,7 @@ class QwenVit:
         bounds = torch.nn.functional.pad((counts * self.unit).cumsum(0, dtype=torch.int32), (1, 0))
         bias, masks = None, None
         if proportional and layer > 0:
+            check_kernel(block.attn.config._attn_implementation, biased=True)
             bias = tokens.size.log().flatten()[order].repeat_interleave(self.unit)
             keys = bias.to(x.dtype).split((counts * self.unit).tolist())
             masks = iter([key.expand(1, 1, len(key), -1) for key in keys])

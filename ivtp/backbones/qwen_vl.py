@@ -28,6 +28,7 @@ class QwenFront:
 
     separator = None
     renumbers = False
+    counts_padding = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.core = model, model.model

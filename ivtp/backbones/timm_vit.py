@@ -9,8 +9,9 @@ import torch
 from timm.layers import Format
 from torch import Tensor, nn
 
-from ivtp.backbones import ModelError, VisionRun, kernel_calls, replaced
+from ivtp.backbones import ModelError, VisionRun, kernel_calls
 from ivtp.backbones.clip_vit import sample_number, score_bias, shrink, spread
+from ivtp.backbones.replacing import own, replaced, set_to
 from ivtp.pruning.attention import Attention
 from ivtp.pruning.cost import Layers, Shape
 from ivtp.pruning.pruner import Plan
@@ -70,7 +71,7 @@ class TimmVit:
                 (embed, "output_fmt", Format.NHWC),
                 (self.model, "dynamic_img_size", True),
             ):
-                stack.enter_context(replaced(module, value, name))
+                stack.enter_context(set_to(value, module, name))
             if getattr(rope, "feat_shape", None) is not None:
                 stack.callback(rope.update_feat_shape, rope.feat_shape)
                 rope.update_feat_shape(list(grid))
@@ -220,16 +221,15 @@ def prune(model: nn.Module, plan: Plan, instruction, read_at: int, part) -> Iter
             raise ValueError("a masked timm forward cannot be pruned; call the model without attn_mask and is_causal")
         with part("vision"):
             tokens, run.vision = traverse(stack, stack.embed(image, plan.image), plan.vision, part)
-            left[:] = [tokens]
+            run.tokens = tokens
             return model.norm(tokens.x)
 
     def pool(x, *args, **kwargs):
         if model.attn_pool is None:
-            return plain_pool(mean_for_padding(x, left[0], pools_prefix(model)), *args, **kwargs)
-        with unseen(model.attn_pool, left[0], pools_prefix(model)):
+            return plain_pool(mean_for_padding(x, run.tokens, pools_prefix(model)), *args, **kwargs)
+        with unseen(model.attn_pool, run.tokens, pools_prefix(model)):
             return plain_pool(x, *args, **kwargs)
 
-    left: list[Tokens] = []
-    plain_pool = model.pool
-    with replaced(model, forward_features, "forward_features"), replaced(model, pool, "pool"):
+    plain_pool = own(model, "pool")
+    with replaced(model, forward_features=forward_features, pool=pool):
         yield run

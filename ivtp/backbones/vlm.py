@@ -13,10 +13,22 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from ivtp.backbones.language import compiled, prefill
-from ivtp.backbones.llama import Keys, Llama
+from ivtp.backbones.llama import Llama
 from ivtp.backbones.looks import Seen, look, looks_of
 from ivtp.backbones.packed import PackedLinear
 from ivtp.backbones.pictures import Front, Picture
+from ivtp.backbones.pruned_cache import (
+    Keys,
+    Memory,
+    Origin,
+    behind,
+    check_continuation,
+    check_positions,
+    fill,
+    join,
+    next_position,
+)
+from ivtp.backbones.replacing import Latest
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.trace import Trace, merged, pad_left
 from ivtp.backbones.transformers_attention import CACHE
@@ -25,6 +37,7 @@ from ivtp.pruning.pruner import Plan
 from ivtp.pruning.scores import mix
 from ivtp.pruning.tokens import Facts, Selection, Tokens, put
 from ivtp.pruning.traverse import Kept, traverse
+from ivtp.registry import UserError
 
 
 @dataclass
@@ -54,6 +67,8 @@ class PrunedModel:
     truth     for an oracle: "b v", True on the visual tokens that each question is about
     """
 
+    trace = Latest(Trace())
+
     def __init__(
         self,
         model: nn.Module,
@@ -69,13 +84,10 @@ class PrunedModel:
         self.guide, self.read_at, self.part, self.shared, self.truth = guide, read_at, part, shared, truth
         self.core = model.model
         self.decoder = self.core.language_model
-        self.trace = Trace()
         self.vision_batch: int | None = None
         """Crops that go through the tower at once; None: all of a batch."""
         self.prefill = prefill
-        # For every cache that a prefill filled: which keys of each layer are real, and the next position; a cache that
-        # is gone takes it along.
-        self._filled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.origin = Origin(weakref.ref(self.decoder), planner)
         if self.plan.needs_guide and guide is None:
             raise ValueError(
                 "this plan reads the instruction with CLIP and needs the model's processor and CLIP text encoder: load the model "
@@ -111,8 +123,8 @@ class PrunedModel:
         """The signature of the model's own forward; hidden states come back as short as the pruning left them."""
         cache = past_key_values if cache is None else cache
         for wish in ("output_attentions", "output_hidden_states"):
-            if inputs.get(wish):
-                raise ValueError(
+            if inputs.get(wish, getattr(self.model.config, wish, False)):
+                raise UserError(
                     f"{wish}=True: layers have different lengths under pruning; use the run's trace instead"
                 )
         for wish in (
@@ -122,31 +134,31 @@ class PrunedModel:
             "vision_aspect_ratio",
         ):
             if inputs.get(wish) not in (None, getattr(self.model.config, wish, None)):
-                raise ValueError(
-                    f"{wish} is not read by a pruned forward; set it in the model's config or leave it out"
-                )
+                raise UserError(f"{wish} is not read by a pruned forward; set it in the model's config or leave it out")
         if inputs.get("pixel_values_videos") is not None:
-            raise ValueError("videos cannot be pruned here; give their frames as images")
+            raise UserError("videos cannot be pruned here; give their frames as images")
         if inputs_embeds is not None or input_ids is None:
-            raise ValueError("under pruning, give input_ids: the image tokens cannot be found in inputs_embeds")
-        if cache is not None and cache.get_seq_length() > 0:
-            return self._decode(input_ids, position_ids, cache)
+            raise UserError("under pruning, give input_ids: the image tokens cannot be found in inputs_embeds")
+        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+            raise UserError("under pruning, attention_mask must have one row per prompt and one column per token")
         if use_cache is None:
             use_cache = self.decoder.config.use_cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.decoder.config)
         if cache is not None and not isinstance(cache, DynamicCache):
-            raise ValueError(
-                f"{type(cache).__name__} has one length for all layers, but pruning leaves a different one in "
-                "each; use the default cache_implementation='dynamic'"
+            raise UserError(
+                f"{type(cache).__name__}: pruning leaves a different length in each layer, which only DynamicCache can "
+                "hold; leave cache_implementation out, or use 'dynamic' or 'offloaded'"
             )
+        if cache is not None and cache.get_seq_length() > 0:
+            return self._decode(input_ids, attention_mask, position_ids, cache, inputs)
         return self._prefill(input_ids, attention_mask, position_ids, cache, inputs)
 
     def _prefill(self, input_ids, attention_mask, position_ids, cache, inputs) -> PrunedOutput:
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         padded = attention_mask is not None and not bool(valid.all())
         if padded and (self.plan.language is not None or self.read_at) and not bool(valid[:, -1].all()):
-            raise ValueError(
+            raise UserError(
                 "a prompt ends in padding, but its last token is needed; pad on the left (tokenizer.padding_side='left')"
             )
         pictures = self.front.pictures(input_ids, inputs)
@@ -157,9 +169,10 @@ class PrunedModel:
         groups: dict[tuple, list[int]] = {}
         for prompt, numbers in enumerate(held):
             groups.setdefault(tuple(pictures[i].kind for i in numbers), []).append(prompt)
+        remembers = cache is not None
         if len(groups) == 1:
             (rows,) = groups.values()
-            hidden, filled, trace = self._read(input_ids, valid, padded, positions, rows, held, looks, cache)
+            hidden, memory, keys, trace = self._read(input_ids, valid, padded, positions, rows, held, looks, remembers)
         else:
             # Prompts with other images than their neighbours' go through by themselves: every count of tokens is then
             # the same for all of a batch, in every method, and nothing depends on who else is in it.
@@ -167,18 +180,19 @@ class PrunedModel:
             for rows in groups.values():
                 start = int(valid[rows].any(0).int().argmax())
                 index = torch.tensor(rows, device=input_ids.device)
-                own = None if cache is None else DynamicCache(config=self.decoder.config)
                 own_valid = valid[index, start:]
                 own_padded = padded and not bool(own_valid.all())
                 shown = input_ids[index, start:], own_valid, own_padded, positions[..., index, start:]
-                parts.append((rows, own, *self._read(*shown, rows, held, looks, own)))
-            order = torch.tensor([row for part in parts for row in part[0]], device=input_ids.device).argsort()
-            hidden = pad_left([part[2] for part in parts], 1)[order]
-            filled = join(cache, [part[1] for part in parts], [part[3] for part in parts], order)
-            trace = merged([part[4] for part in parts], [len(part[0]) for part in parts], order)
+                parts.append(self._read(*shown, rows, held, looks, remembers, copied=True))
+            hiddens, memories, keys, traces = zip(*parts, strict=True)
+            order = torch.tensor([row for rows in groups.values() for row in rows], device=input_ids.device).argsort()
+            hidden = pad_left(hiddens, 1)[order]
+            memory, keys = join(memories, keys, order)
+            trace = merged(traces, [len(rows) for rows in groups.values()], order)
         self.trace = replace(trace, vision=vision)
         if cache is not None:
-            self._filled[cache] = filled, positions[..., -1:] + 1
+            image = (input_ids == self.model.config.image_token_id) & valid
+            fill(cache, memory, keys, positions, image, self.origin)
         whole = next(iter(looks.values()))[1].features if len(looks) == 1 else None
         return PrunedOutput(
             last_hidden_state=hidden,
@@ -188,19 +202,35 @@ class PrunedModel:
             rope_deltas=getattr(self.core, "rope_deltas", None),
         )
 
-    def _decode(self, input_ids, position_ids, cache) -> PrunedOutput:
-        if cache not in self._filled:
-            raise ValueError("this key-value cache was not filled under the pruning that is in force; prefill it here")
-        earlier, following = self._filled[cache]
-        valid = torch.ones_like(input_ids, dtype=torch.bool)
-        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
-        rope = following + steps if position_ids is None else self.front.positions(input_ids, None, position_ids, {})
-        nothing, facts = torch.zeros_like(valid), Facts(0, lone=False)
+    def _decode(self, input_ids, attention_mask, position_ids, cache, inputs) -> PrunedOutput:
+        """Text that follows what the cache holds; no plan is asked, since only images are pruned."""
+        if inputs.get("pixel_values") is not None:
+            raise UserError(
+                "pixel_values with a key-value cache: only a conversation's first call can bring images; leave "
+                f"pixel_values out if the cache holds them, or give the whole conversation without {CACHE}"
+            )
+        check_continuation(cache, self.origin, input_ids, attention_mask)
+        n = input_ids.shape[1]
+        valid = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask[:, -n:].bool()
+        )
+        # Asked of the new tokens only where the answer matters: a GPU makes all wait for it.
+        padded = attention_mask is not None and (cache.layers[0].keys_seen.padded or not bool(valid.all()))
+        following = next_position(cache)
+        if position_ids is not None:
+            check_positions(position_ids, valid, following)
+        elif self.front.counts_padding:
+            position_ids = following + torch.arange(n, device=input_ids.device)
+        else:
+            position_ids = following + valid.cumsum(1) - 1
+        rope = self.front.positions(input_ids, None, position_ids, {})
+        nothing = torch.zeros_like(valid)
+        facts = Facts(0, padded, lone=False)
         tokens = Tokens.of(self._embed(input_ids), nothing, nothing, valid=valid, facts=facts)
         renumber = self.plan.position_ids == "renumber"
-        stack = Llama(self.decoder, cache, earlier, renumber=renumber, rope=lambda position: rope)
+        stack = Llama(self.decoder, cache, renumber=renumber, rope=lambda position: rope)
         tokens, _ = traverse(stack, tokens)
-        self._filled[cache] = stack.seen, rope[..., -1:] + 1
+        cache.layers[0].shift = torch.maximum(following, behind(rope)) - cache.get_seq_length()
         return PrunedOutput(last_hidden_state=self.decoder.norm(tokens.x), **{CACHE: cache})
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -231,8 +261,11 @@ class PrunedModel:
             )
         return held
 
-    def _read(self, input_ids, valid, padded, positions, rows, held, looks, cache) -> tuple[Tensor, list[Keys], Trace]:
-        """The language model over prompts with images of the same kinds: hidden states, real keys per layer, trace."""
+    def _read(
+        self, input_ids, valid, padded, positions, rows, held, looks, remembers: bool, copied: bool = False
+    ) -> tuple[Tensor, Memory, list[Keys], Trace]:
+        """The language model over prompts with images of the same kinds: hidden states, keys and values per layer (in
+        memory of their own if `copied`: a CUDA graph writes over its own), which of them are real, and the trace."""
         seen = Seen.of([[looks_of(looks, i) for i in held[row]] for row in rows])
         plan = self.planner.prompt([look.layout.shape for look, _ in seen.looks]) if seen.looks else Plan()
         trace = Trace()
@@ -255,11 +288,9 @@ class PrunedModel:
 
         longer = torch.cat([positions, positions[..., -1:] + 1], -1)  # of an appended reference too
         with self.part("language"):
-            told = tokens, longer, first, appends, self.read_at, cache is not None, self.part
+            told = tokens, longer, first, appends, self.read_at, remembers, self.part
             made = self.prefill(self.decoder, self.model.lm_head, plan, *told)
-            if cache is not None:
-                for layer, keys_values in enumerate(made.memory):
-                    cache.update(*keys_values, layer)
+            memory = [(k.clone(), v.clone()) for k, v in made.memory] if copied else made.memory
         cuts = made.cuts
         if seen.looks:
             ranks = (image - first)[:, seen.carrying]
@@ -267,7 +298,7 @@ class PrunedModel:
         visual = torch.full((len(rows),), len(seen.carrying) if seen.looks else 0)
         entered = Kept(-1, "block", seen.rank, seen.real) if seen.looks else None
         trace = replace(trace, language=cuts, entered=entered, visual=visual, early=made.early)
-        return made.hidden, made.keys, trace
+        return made.hidden, memory, made.keys, trace
 
     def _fill(self, input_ids, place, valid, padded, image, seen: Seen) -> Tokens:
         """The prompt with the surviving features at their places; the placeholders of the others are gone."""
@@ -335,19 +366,3 @@ class PrunedModel:
         with self.part("text_encoder"):
             fit = self.guide.fit(input_ids, valid, seen.joint(), (rows, batch))
         return torch.zeros_like(tokens.size).scatter(1, tokens.visual_index, fit.to(tokens.size.dtype))
-
-
-def join(cache, caches: list, keys: list[list[Keys]], order: Tensor) -> list[Keys]:
-    """Put the keys and values of several groups of prompts, padded on the left, into one cache; which of them are real."""
-    if cache is not None:
-        for layer in range(len(keys[0])):
-            both = (
-                pad_left([getattr(own.layers[layer], name) for own in caches], 2)[order] for name in ("keys", "values")
-            )
-            cache.update(*both, layer)
-    layers = list(zip(*keys, strict=True))
-    ragged = [len({found.valid.shape[1] for found in layer}) > 1 for layer in layers]
-    return [
-        Keys(pad_left([found.valid for found in layer], 1)[order], uneven or any(found.padded for found in layer))
-        for layer, uneven in zip(layers, ragged, strict=True)
-    ]

@@ -20,6 +20,12 @@ def _whole_attention(x, _, __, ___, heads, qkv, ____, out, *_____, **______) -> 
     return 2 * b * n * (math.prod(qkv) + math.prod(out)) + sdpa_flop_count(one, one, one)
 
 
+def _attention(q, k, v, *_, **__) -> int:
+    """Attention of query heads that may share key and value heads: every query head computes its own."""
+    (b, heads, n, width), (_, _, m, _) = q, k
+    return sdpa_flop_count(q, (b, heads, m, width), (b, heads, m, v[-1]))
+
+
 def _product(a, b, *_, **__) -> int:
     """`bmm`, but for the outer product of two vectors, in which nothing is summed: transformers 5.17 makes the angles of rotary
     positions (frequency × position) by one, and later ones without; no matrix of the model has a part in it."""
@@ -29,7 +35,7 @@ def _product(a, b, *_, **__) -> int:
 # Kernels for CPUs that torch's counter does not know; the first one it does from 2.15 on.
 KERNELS = {
     torch.ops.aten.bmm: _product,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._native_multi_head_attention: _whole_attention,
 }
 PARTS = ("vision", "projector", "text_encoder", "language", "pruner")

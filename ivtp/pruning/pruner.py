@@ -135,6 +135,11 @@ class Plan:
             )
 
     @property
+    def prunes(self) -> bool:
+        """False where every token of every image stays."""
+        return self.vision is not None or self.language is not None or self.image is not None
+
+    @property
     def appends_reference(self) -> bool:
         """True where a reference token is appended to the prompt for part 1."""
         return self.language is not None and self.reference in APPENDED

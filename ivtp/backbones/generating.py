@@ -1,0 +1,111 @@
+"""Calls of a whole model around its pruned forward: the arguments of its LM head, and the loops of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
+
+from torch import Tensor, nn
+
+from ivtp.backbones.pruned_cache import is_pruned, next_position
+from ivtp.backbones.replacing import own, replaced
+from ivtp.backbones.transformers_attention import CACHE
+from ivtp.pruning.pruner import Plan
+from ivtp.registry import UserError
+
+
+@contextmanager
+def generating(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Replace the methods of one model instance that would be wrong around a pruned forward; restored on exit."""
+    methods = {
+        "forward": checked_forward,
+        "prepare_inputs_for_generation": checked_inputs,
+        "_get_candidate_generator": late_candidates,
+    }
+    if hasattr(model.model, "rope_deltas"):
+        methods["_prepare_position_ids_for_generation"] = own_positions
+    functions = {name: around(model, plan, own(model, name)) for name, around in methods.items()}
+    if hasattr(model, "_supports_mm_encoder_outputs"):
+        # `generate` of newer transformers encodes images by itself before the prefill, unless the model cannot take that.
+        functions["_supports_mm_encoder_outputs"] = lambda: False
+    with replaced(model, **functions):
+        yield
+
+
+def checked_forward(model: nn.Module, plan: Plan, forward: Callable) -> Callable:
+    """Refuse arguments that count the tokens of a prompt of which fewer are left behind the language model."""
+    names = list(signature(forward).parameters)
+
+    @wraps(forward)
+    def call(*args, **kwargs):
+        given = dict(zip(names, args, strict=False)) | kwargs
+        cache = given.get("cache", given.get("past_key_values"))
+        if plan.prunes and (cache is None or cache.get_seq_length() == 0):
+            if given.get("labels") is not None:
+                raise UserError(
+                    "labels: pruning shortens the prompt, and the answer must not take part in it; prefill the prompt, "
+                    "then pass the answer as input_ids and labels together with the cache"
+                )
+            if isinstance(given.get("logits_to_keep"), Tensor):
+                raise UserError(
+                    "logits_to_keep counts the tokens of the prompt, of which pruning leaves fewer; give a number, which "
+                    "counts from the end"
+                )
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def checked_inputs(model: nn.Module, plan: Plan, prepare: Callable) -> Callable:
+    """Refuse to choose the tokens anew at every step, by other references than the prompt's; and let a model that
+    assists another see the images, which transformers drops from its calls."""
+
+    @wraps(prepare)
+    def call(*args, **kwargs):
+        first, cache = kwargs.get("is_first_iteration", False), kwargs.get(CACHE)
+        if cache is None and not first and (plan.language is not None or plan.needs_guide):
+            raise UserError(
+                "use_cache=False: this method would choose other tokens at every step, from the answer so far; leave "
+                "use_cache out, or generate one token (max_new_tokens=1)"
+            )
+        if cache is not None and cache.get_seq_length() == 0:
+            kwargs["is_first_iteration"] = True
+        return prepare(*args, **kwargs)
+
+    return call
+
+
+def late_candidates(model: nn.Module, plan: Plan, generator_of: Callable) -> Callable:
+    """Assisted generation drafts from the second step on: drafted tokens are no part of the prompt that is pruned."""
+
+    @wraps(generator_of)
+    def call(*args, **kwargs):
+        generator = generator_of(*args, **kwargs)
+        draft = generator.get_candidates
+
+        def none_yet(input_ids: Tensor, **more) -> tuple[Tensor, None]:
+            draft(input_ids, **more)  # an assistant reads the prompt
+            generator.get_candidates = draft
+            return input_ids, None
+
+        generator.get_candidates = none_yet
+        return generator
+
+    return call
+
+
+def own_positions(model: nn.Module, plan: Plan, positions_of: Callable) -> Callable:
+    """M-RoPE counts on from the offset of the last prompt that the model saw; a cache brings that of its own."""
+
+    @wraps(positions_of)
+    def call(inputs_tensor, model_kwargs):
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
+        if is_pruned(cache):
+            length = cache.get_seq_length()
+            real = length if mask is None else mask[:, :length].sum(1, keepdim=True)
+            model.model.rope_deltas = next_position(cache) - real
+        return positions_of(inputs_tensor, model_kwargs)
+
+    return call

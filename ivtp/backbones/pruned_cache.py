@@ -1,0 +1,190 @@
+"""The key-value cache of a pruned prefill: its layers differ in length, and report the length of the unpruned text.
+
+`generate` slices prompts, positions and masks by that length; crops, beams and copies go through the layers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ivtp.backbones.trace import pad_left
+from ivtp.backbones.transformers_attention import CACHE
+from ivtp.registry import UserError
+
+Memory = list[tuple[Tensor, Tensor]]
+"""Keys and values of every layer, each "b h m e"."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Which of the keys that a layer remembers may be seen "b m"; `padded`: False where all may."""
+
+    valid: Tensor
+    padded: bool
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The decoder and the planner that filled a cache; equal in every context that prunes the same model alike."""
+
+    decoder: weakref.ref[nn.Module]
+    planner: object
+
+    def __deepcopy__(self, memo: dict) -> Origin:
+        return self
+
+
+class PrunedLayer(DynamicLayer):
+    """One layer of a `DynamicCache` that holds fewer tokens than the text has.
+
+    keys_seen  validity of `keys` and `values`
+    removed    tokens of the text that are not in `keys`
+    shift      position of the next token minus the length of the text "b 1": left padding, and M-RoPE's images
+    prompt     tokens in `keys` after the prefill; the last `tail` of them (a tensor of one number) are text
+    """
+
+    def __init__(self, removed: int, prompt: Keys, shift: Tensor, tail: Tensor, origin: Origin) -> None:
+        super().__init__()
+        self.removed, self.shift, self.tail, self.origin = removed, shift, tail, origin
+        self.keys_seen = Keys(prompt.valid[:, :0], False)
+        self.prompt = prompt.valid.shape[1]
+        self.expected: Keys | None = prompt
+
+    def expect(self, valid: Tensor, padded: bool) -> Keys:
+        """Announce the tokens of the next `update`; returns the validity of all keys after it."""
+        before = self.keys_seen
+        self.expected = Keys(torch.cat([before.valid, valid], 1), before.padded or padded)
+        return self.expected
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.origin is not None:
+            if self.expected is None:
+                raise UserError(
+                    "this key-value cache was filled under pruning, and its layers differ in length: continue it inside "
+                    "ivtp.prune with the same settings, or start without a cache"
+                )
+            self.keys_seen, self.expected = self.expected, None
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        held = super().get_seq_length()
+        return held + self.removed if held else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        keys, values = self.keys, self.values
+        super().crop(tokens_to_remove)
+        left = self.keys.shape[-2]
+        if left < self.prompt and left < self.prompt - int(self.tail):
+            self.keys, self.values = keys, values
+            raise UserError(
+                f"crop({tokens_to_remove}) would take image tokens out of a pruned cache; at most "
+                f"{keys.shape[-2] - self.prompt + int(self.tail)} tokens, those behind the last image, can be removed"
+            )
+        self.keys_seen = Keys(self.keys_seen.valid[:, :left], self.keys_seen.padded)
+
+    def reset(self) -> None:
+        self.keys = self.values = self.origin = self.expected = None
+        self.is_initialized, self.removed = False, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(lambda x: x[indices.to(x.device)])
+
+    def _rows(self, select: Callable[[Tensor], Tensor]) -> None:
+        self.keys_seen = Keys(select(self.keys_seen.valid), self.keys_seen.padded)
+        self.shift = select(self.shift)
+
+
+def fill(
+    cache: DynamicCache, memory: Memory, keys: Sequence[Keys], positions: Tensor, image: Tensor, origin: Origin
+) -> None:
+    """Put what every layer saw of a prompt into an empty cache, in place; `image` "b n": its image tokens."""
+    n = image.shape[1]
+    # An image token at the end leaves 0, no image at all the whole prompt.
+    tail = image.flip(1).int().argmax(1).masked_fill(~image.any(1), n).min()
+    shift = behind(positions) - n
+    cache.layers[:] = [PrunedLayer(n - seen.valid.shape[1], seen, shift, tail, origin) for seen in keys]
+    for number, keys_values in enumerate(memory):
+        cache.update(*keys_values, number)
+
+
+def is_pruned(cache: Cache | None) -> bool:
+    """Whether a pruned prefill filled this cache."""
+    return bool(getattr(cache, "layers", None)) and getattr(cache.layers[0], "origin", None) is not None
+
+
+def next_position(cache: DynamicCache) -> Tensor:
+    """Position of the token that follows "b 1"."""
+    return cache.get_seq_length() + cache.layers[0].shift
+
+
+def behind(positions: Tensor) -> Tensor:
+    """The position after the last of "b n" or, of M-RoPE, "3 b n": "b 1". Padding never has the largest."""
+    return positions.reshape(-1, *positions.shape[-2:]).amax((0, 2))[:, None] + 1
+
+
+WHOLE = "give generate the whole conversation, or its new tokens with the attention_mask of the whole"
+
+
+def check_continuation(cache: DynamicCache, origin: Origin, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Refuse tokens that cannot follow the text that the cache holds."""
+    if not is_pruned(cache) or cache.layers[0].origin != origin:
+        raise UserError(
+            f"this key-value cache was not filled under the pruning that is in force; start without {CACHE}"
+        )
+    (rows, n), length = input_ids.shape, cache.get_seq_length()
+    if len(cache.layers[0].shift) != rows:
+        raise UserError(
+            f"the cache holds {len(cache.layers[0].shift)} prompts, but input_ids has {rows} rows; repeat the cache with "
+            "cache.batch_repeat_interleave"
+        )
+    if n == 0:
+        raise UserError(f"no token follows the {length} that the cache holds; {WHOLE}")
+    if attention_mask is not None and attention_mask.shape[1] != length + n:
+        raise UserError(
+            f"attention_mask has {attention_mask.shape[1]} columns, but the cache holds {length} tokens and {n} follow; "
+            f"{WHOLE}"
+        )
+
+
+def check_positions(position_ids: Tensor, valid: Tensor, following: Tensor) -> None:
+    """Refuse positions of several tokens that do not go on where the cache ends; of one, `generate` counts right."""
+    if valid.shape[1] == 1:
+        return
+    positions = position_ids.reshape(-1, *position_ids.shape[-2:])[-1].expand_as(valid)
+    start = positions.gather(1, valid.int().argmax(1, keepdim=True))
+    wrong = (start != following) & valid.any(1, keepdim=True)
+    if bool(wrong.any()):
+        row = int(wrong[:, 0].int().argmax())
+        raise UserError(
+            f"position_ids of the new tokens start at {int(start[row])}, but the cache goes on at {int(following[row])}; "
+            f"{WHOLE}"
+        )
+
+
+def join(memories: Sequence[Memory], keys: Sequence[Sequence[Keys]], order: Tensor) -> tuple[Memory, list[Keys]]:
+    """Keys and values of several groups of prompts as one batch, padded on the left, its rows in `order`."""
+    memory = [
+        tuple(pad_left(parts, 2)[order] for parts in zip(*layer, strict=True)) for layer in zip(*memories, strict=True)
+    ]
+    layers = list(zip(*keys, strict=True))
+    ragged = [len({seen.valid.shape[1] for seen in layer}) > 1 for layer in layers]
+    return memory, [
+        Keys(pad_left([seen.valid for seen in layer], 1)[order], uneven or any(seen.padded for seen in layer))
+        for layer, uneven in zip(layers, ragged, strict=True)
+    ]
