@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -215,6 +216,21 @@ def test_siblings_run_by_their_hub_ids(name, hub, shell, place):
     assert len(results(place / name)) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("clip_vit_b16", "timm/vit_base_patch16_clip_224.openai"),
+        ("open_clip_b16", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"),
+    ],
+)
+def test_encoders_of_open_clip_run_by_their_hub_ids(name, repository, hub, shell, place):
+    with hub.watched() as asked:
+        fine(shell.run(f"model={name}", "data=digits", "pruner=topk", "debug=limit", "logger=none", f"output={name}"))
+    assert [file for file in fetched(asked) if file.endswith((".safetensors", ".bin"))] == ["open_clip_model.safetensors"]
+    assert results(place / name)[-1]["model"]["hash"] == hub[repository].main
+    assert not (place / "a_pickle_was_opened").exists()
+
+
 # What moves, what is slow, what is wrong ------------------------------------------------------------------------------
 
 
@@ -236,7 +252,9 @@ def test_a_checkpoint_of_other_sizes_runs_as_it_is(shell, place):
     """Not with the sizes in the YAML, which are of another checkpoint; its tower needs a CLIP of its own."""
     command = ["model=llava_1_5_7b", "model.source=someone/wider", *QUICK, "output=wider"]
     fine(shell.run(*command, "pruner=topk", "pruner.group=2"))
-    assert max(layer for layer, *_ in results(place / "wider")[-1]["cuts"]["vision"]) < 4
+    assert max(layer for layer, *_ in results(place / "wider")[-1]["cuts"]["vision"]) < 5
+    counted = fine(shell.run(*command[:2], "pruner=topk", "pruner.group=2", "text=40", "json=true", module="ivtp.cost"))
+    assert json.loads(counted.out)["tokens"][0] == 49
     done = shell.run(*command, "pruner=ivtp")
     assert done.status == 2
     said = one_line(done.err[done.err.rindex("ivtp: ") :])
