@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -134,10 +135,10 @@ def test_the_first_run_records_which_commits_it_used(first, hub, place):
     record = next(record for record in results(place / "outputs") if record["pruner"]["name"] == "ivtp")
     assert record["model"]["source"] == LLAVA
     assert record["model"]["hash"] == hub[LLAVA].main
-    assert hub[CLIP].main in str(record["text_encoder"])
+    assert record["text_encoder"] == {"source": CLIP, "hash": hub[CLIP].main}
     assert record["data"]["commits"] == {POPE: hub[POPE].main}
     assert record["model"]["image_padding"] == "pad"
-    assert record["words"]["words"] is not None
+    assert record["words"]["n"] == 8  # CLIP has read every question
     assert record["tokens"][-1] == 5  # a ninth of the 49 that the checkpoint has, not of the 576 of the config
 
 
@@ -207,12 +208,27 @@ def test_siblings_run_by_their_hub_ids(name, hub, shell, place):
     assert "Written: " in done.out
     unpruned, pruned = results(place / name)
     assert pruned["model"]["hash"] == hub[load_config([f"model={name}"]).model.source].main
-    assert unpruned["metrics"]["n"] == pruned["metrics"]["n"] == 8
-    assert pruned["tflops"] < unpruned["tflops"]
+    assert unpruned["metrics"]["accuracy"]["n"] == pruned["metrics"]["accuracy"]["n"] == 8
+    assert pruned["tflops"]["total"] < unpruned["tflops"]["total"]
     with hub.watched() as asked:
         fine(shell.run(f"model={name}", *SIBLINGS[name], *QUICK, f"output={name}"))
     assert fetched(asked) == []
     assert len(results(place / name)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("clip_vit_b16", "timm/vit_base_patch16_clip_224.openai"),
+        ("open_clip_b16", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"),
+    ],
+)
+def test_encoders_of_open_clip_run_by_their_hub_ids(name, repository, hub, shell, place):
+    with hub.watched() as asked:
+        fine(shell.run(f"model={name}", "data=digits", "pruner=topk", "debug=limit", "logger=none", f"output={name}"))
+    assert [file for file in fetched(asked) if file.endswith((".safetensors", ".bin"))] == ["open_clip_model.safetensors"]
+    assert results(place / name)[-1]["model"]["hash"] == hub[repository].main
+    assert not (place / "a_pickle_was_opened").exists()
 
 
 # What moves, what is slow, what is wrong ------------------------------------------------------------------------------
@@ -236,7 +252,9 @@ def test_a_checkpoint_of_other_sizes_runs_as_it_is(shell, place):
     """Not with the sizes in the YAML, which are of another checkpoint; its tower needs a CLIP of its own."""
     command = ["model=llava_1_5_7b", "model.source=someone/wider", *QUICK, "output=wider"]
     fine(shell.run(*command, "pruner=topk", "pruner.group=2"))
-    assert max(layer for layer, *_ in results(place / "wider")[-1]["cuts"]["vision"]) < 4
+    assert max(layer for layer, *_ in results(place / "wider")[-1]["cuts"]["vision"]) < 5
+    counted = fine(shell.run(*command[:2], "pruner=topk", "pruner.group=2", "text=40", "json=true", module="ivtp.cost"))
+    assert json.loads(counted.out)["tokens"][0] == 49
     done = shell.run(*command, "pruner=ivtp")
     assert done.status == 2
     said = one_line(done.err[done.err.rindex("ivtp: ") :])
@@ -252,9 +270,11 @@ def test_a_benchmark_that_moves_is_evaluated_anew(hub, shell, place):
     assert len(results(place / "benchmark")) == 4
 
 
-def test_a_slow_download_says_what_it_fetches(hub, shell):
-    done = fine(shell.run("model=llava_1_5_7b", "model.source=someone/slow", "pruner=fastv", *QUICK, "output=slow"))
+def test_a_slow_download_shows_its_progress(shell):
+    command = ["model=llava_1_5_7b", "model.source=someone/slow", "pruner=fastv", *QUICK, "output=slow"]
+    done = fine(shell.run(*command, watched=True))
     assert re.search(r"fetching someone/slow from http\S+: \d+ files, [\d.]+ MB", done.err)
+    assert re.search(r"[^0-9][1-9]\d?%\|", done.err)  # on the way
 
 
 def test_a_gated_repository_opens_with_a_login(shell):

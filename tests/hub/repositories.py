@@ -544,7 +544,10 @@ def fill(hub: Hub, mark: Path) -> None:
     hub.add("Qwen/Qwen3-VL-8B-Instruct", qwen3_vl())
     hub.add("OpenGVLab/InternVL3-8B-hf", internvl())
     hub.add("openai/clip-vit-large-patch14-336", clip_of_transformers(mark))
-    hub.add("timm/vit_large_patch14_clip_336.openai", clip_of_open_clip(mark))
+    clip = clip_of_open_clip(mark)
+    for name in ("vit_large_patch14_clip_336.openai", "vit_base_patch16_clip_224.openai"):
+        hub.add(f"timm/{name}", clip)
+    hub.add("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", clip)
     for name in ORIGINALS:
         hub.add(name, original(name, mark))
     hub.add("someone/moving", llava)

@@ -35,9 +35,12 @@ class Shell:
             stdout=subprocess.PIPE,
         )
 
-    def run(self, *arguments: str, module: str = "ivtp.run", **env: str) -> Done:
-        """`python -m MODULE ARGUMENTS`, with more environment variables for this command."""
-        print(json.dumps([module, arguments, env]), file=self.process.stdin, flush=True)
+    def run(self, *arguments: str, module: str = "ivtp.run", watched: bool = False, **env: str) -> Done:
+        """`python -m MODULE ARGUMENTS`, with more environment variables for this command.
+
+        watched  standard error is a terminal
+        """
+        print(json.dumps([module, arguments, env, watched]), file=self.process.stdin, flush=True)
         return Done(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
@@ -50,6 +53,10 @@ class Output(TextIOBase):
 
     def __init__(self) -> None:
         self.parts: list[str] = []
+        self.terminal = False
+
+    def isatty(self) -> bool:
+        return self.terminal
 
     def write(self, text: str) -> int:
         self.parts.append(text)
@@ -65,7 +72,7 @@ def serve() -> None:
     """Read commands, a line each, and answer with what came of them."""
     answers, sys.stdout, sys.stderr = sys.stdout, Output(), Output()
     for line in sys.stdin:
-        module, arguments, env = json.loads(line)
+        module, arguments, env, sys.stderr.terminal = json.loads(line)
         with patch.dict(os.environ, env):
             try:
                 status = import_module(module).main(arguments)
