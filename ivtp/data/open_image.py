@@ -7,9 +7,10 @@ import stat
 import struct
 import warnings
 from contextlib import suppress
+from unittest.mock import patch
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from ivtp.data.errors import first_line
 from ivtp.registry import UserError
@@ -46,8 +47,10 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     """
     check_regular(path)
     try:
-        # Pillow warns from half its limit on, and of damaged metadata; neither is a reason to refuse an image.
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
+        # Pillow warns from half its limit on, and of damaged metadata; neither is a reason to refuse an image. lmms-eval,
+        # once imported, lets it fill up with grey what is missing of one.
+        whole = patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+        with warnings.catch_warnings(action="ignore"), whole, Image.open(path, formats=_formats()) as image:
             return to_rgb(image)
     except (ImageError, MemoryError):
         raise

@@ -292,24 +292,11 @@ def test_what_cannot_be_pruned_is_refused_in_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_an_empty_instruction_is_refused():
-    """Guidance by an empty question would silently be the fallback."""
-    model, batch = llava(), inputs(TEXTS[:1])
-    only_image = {
-        "input_ids": torch.tensor([[1, *[IMAGE] * PATCHES]]),
-        "attention_mask": torch.ones(1, PATCHES + 1).long(),
-        "pixel_values": batch["pixel_values"],
-    }
-    with pytest.raises(ValueError, match="empty instruction"), ivtp.prune(model, "ivtp", keep=KEEP):
-        model(**only_image)
-    for wrong, message in (("  ", "empty"), ("is it raining ?", "does not occur in prompt 0")):
-        with pytest.raises(ValueError, match=message), ivtp.prune(model, "ivtp", keep=KEEP, instruction=wrong):
-            model(**batch)
-    with (
-        pytest.raises(ValueError, match="2 instructions for 3 prompts"),
-        ivtp.prune(model, "ivtp", keep=KEEP, instruction=list(TEXTS[:2])),
-    ):
-        model(**inputs())
+def test_an_instruction_that_is_not_in_the_prompt_is_refused():
+    """Guidance by another question would silently be the fallback."""
+    wrong = pytest.raises(ValueError, match="does not occur in prompt 0")
+    with wrong, ivtp.prune(llava(), "ivtp", keep=KEEP, instruction="is it raining ?"):
+        llava()(**inputs(TEXTS[:1]))
 
 
 def test_the_instruction_says_which_words_judge():
