@@ -263,12 +263,11 @@ def test_an_output_that_the_system_does_not_let_be_written(refused):
 
 
 def test_finished_results_outlive_a_request_that_cannot_be_met(refused, tmp_path):
-    """A text encoder that is not there is said before the first row; without it, rows that do not read it run."""
+    """A text encoder that is not there is said before the first row, and results that there are stay as they are."""
     rows = "variants=[{label: unpruned, pruner: none}, {label: ours}]"
     assert "/no/clip" in refused(rows, "model.text_encoder=/no/clip").replace("'", "")
     assert not (tmp_path / "out" / "run" / "results.jsonl").exists()
-    alone = "variants=[{label: unpruned, pruner: none}]"
-    assert run(alone, "model.text_encoder=/no/clip", output=tmp_path / "out") == 0
+    assert run("variants=[{label: unpruned, pruner: none}]", output=tmp_path / "out") == 0
     before = (tmp_path / "out" / "run" / "results.jsonl").read_bytes()
     assert "/no/clip" in refused(rows, "model.text_encoder=/no/clip").replace("'", "")
     refused(rows, "pruner.tau=high", "model.text_encoder=/no/clip")
