@@ -226,7 +226,9 @@ def test_siblings_run_by_their_hub_ids(name, hub, shell, place):
 def test_encoders_of_open_clip_run_by_their_hub_ids(name, repository, hub, shell, place):
     with hub.watched() as asked:
         fine(shell.run(f"model={name}", "data=digits", "pruner=topk", "debug=limit", "logger=none", f"output={name}"))
-    assert [file for file in fetched(asked) if file.endswith((".safetensors", ".bin"))] == ["open_clip_model.safetensors"]
+    assert [file for file in fetched(asked) if file.endswith((".safetensors", ".bin"))] == [
+        "open_clip_model.safetensors"
+    ]
     assert results(place / name)[-1]["model"]["hash"] == hub[repository].main
     assert not (place / "a_pickle_was_opened").exists()
 
