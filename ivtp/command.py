@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ivtp.registry import UserError
+from ivtp.text import one_line
 
 
 def command(arguments: Sequence[str] | None, usage: Callable[[], str], work: Callable[[list[str]], object]) -> int:
@@ -20,14 +21,15 @@ def command(arguments: Sequence[str] | None, usage: Callable[[], str], work: Cal
         else:
             work(given)
     except UserError as error:
-        print(f"ivtp: {error}", file=sys.stderr)
+        print(f"ivtp: {one_line(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         # Of a disk that is full or gone while a library writes; what was finished before is on it already.
         where = f" {error.filename}" if error.filename else ""
+        said = one_line(f"{where}: {error.strerror or error}")
         print(
-            f"ivtp: cannot read or write{where}: {error.strerror or error}; make room or choose another folder with "
-            "output=FOLDER; the same command goes on from here",
+            f"ivtp: cannot read or write{said}; make room or choose another folder with output=FOLDER; the same command goes "
+            "on from here",
             file=sys.stderr,
         )
         return 2

@@ -181,8 +181,9 @@ def _printed(record: dict) -> str:
 
 
 def as_text(table: tuple[str, list[str], list[list[str]]]) -> str:
-    from rich.console import Console
     from rich.table import Table
+
+    from ivtp.console import PlainConsole
 
     title, heads, lines = table
     shown = Table(title=title)
@@ -190,9 +191,9 @@ def as_text(table: tuple[str, list[str], list[list[str]]]) -> str:
         shown.add_column(head, justify="left" if i == 0 else "right", overflow="fold", max_width=36)
     for line in lines:
         shown.add_row(*line)
-    console = Console()
+    console = PlainConsole()
     if not console.is_terminal:
-        console = Console(width=console.measure(shown, options=console.options.update(width=1000)).maximum)
+        console = PlainConsole(width=console.measure(shown, options=console.options.update(width=1000)).maximum)
     with console.capture() as capture:
         console.print(shown)
     return capture.get().rstrip()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -10,6 +12,8 @@ from lightning import LightningModule, Trainer
 from ivtp import records
 from ivtp.backbones.shared import SharedVision, vision_side
 from ivtp.build import is_encoder, shape_of
+from ivtp.data.batches import Batch
+from ivtp.data.failures import Failed, answered, failures, own, read
 from ivtp.evaluation.answer import Answer
 from ivtp.evaluation.benchmarks import headline, measured
 from ivtp.evaluation.classify import Classify
@@ -21,6 +25,9 @@ from ivtp.pruning.cost import cost
 from ivtp.registry import UserError
 from ivtp.report.viewer import drawable
 from ivtp.report.wandb_run import log_row
+
+FIRST = 8
+"""A row ends where none of so many samples can be evaluated, and the last one of all cannot either: the request is at fault."""
 
 
 def fewer_crops(outcomes: list[dict]) -> dict[str, int]:
@@ -65,36 +72,61 @@ class Evaluator:
         return self.outcomes[key]
 
     def evaluate(self, key: str, row, title: str) -> dict:
-        """The record of one row; goes on after the samples that an earlier, stopped run has answered."""
+        """The record of one row; goes on after the samples that an earlier, stopped run has answered, and tries again
+        those that failed in it.
+
+        Raises UserError where no sample can be evaluated: known after FIRST samples, or at the end.
+        """
         path = self.outcome_file(key)
         outcomes = self.read(key)
-        watch, before = self.stopwatch(), len(outcomes)
+        again = bool(failures(outcomes))
+        if again:
+            outcomes[:] = answered(outcomes)
+            records.replace(path, records.lines(outcomes))
+        watch, before, total = self.stopwatch(), len(outcomes), len(self.data.data)
         hits = self.shared.hits if self.shared else 0
-        with progress(self.console, title, len(self.data.data), before) as tell:
+        with progress(self.console, title, total, before) as tell:
+            failed: list[dict] = []  # while nothing has been answered
 
             def record(new: list[dict]) -> None:
                 records.append(path, new)
                 outcomes.extend(new)
                 tell(len(outcomes))
+                if len(failed) < FIRST and all("failed" in outcome for outcome in outcomes):
+                    failed.extend(new)
+                    if len(failed) >= FIRST and not self.works(module):
+                        raise nothing_works(row.label, f"the first {len(failed)} samples", failed[0])
 
             module = self.module(row, record, watch)
 
             def test(batch_size: int) -> None:
                 self.data.batch_size = batch_size
                 self.data.done = {outcome["id"] for outcome in outcomes}
-                self.trainer().test(module, datamodule=self.data, verbose=False)
+                if len(outcomes) < total:
+                    self.test(module)
 
-            if before < len(self.data.data):
-                halving(
+            if before < total:
+                known = [found.outcome() for found in self.data.survey.failed.values()]
+                records.append(path, known)
+                outcomes.extend(known)
+                self.data.batch_size = halving(
                     test, self.data.batch_size, lambda words: self.console.print(f"{title}: {words}", soft_wrap=True)
                 )
-            if self.config.trainer.sort:
+            lost = failures(outcomes)
+            if len(lost) == total:
+                raise nothing_works(row.label, f"the {total} samples", lost[0])
+            if self.config.trainer.sort or again or lost:
                 outcomes[:] = self.data.as_they_come(outcomes)
                 records.replace(path, records.lines(outcomes))
-        metrics = summary(outcomes) | measured(self.data.scores(outcomes, self.folder))
-        rate = (len(outcomes) - before) / module.seconds if module.seconds else None
+        done, lost = answered(outcomes), failures(outcomes)
+        images = {outcome["image"] for outcome in lost}
+        metrics = summary(done) | measured(self.data.scores(done, self.folder), images)
+        rate = (len(done) - before) / module.seconds if module.seconds else None
         speed = f", {rate:.0f} questions/s" if rate else ""
         self.console.print(f"{title}: {headline(metrics)}, {row.cost.total / 1e9:.4g} GFLOPs{speed}", soft_wrap=True)
+        causes = Counter(outcome["cause"] for outcome in lost)
+        if lost:
+            self.console.print(f"{title}: {told(causes, total)}, reasons in {path}", soft_wrap=True)
         plan = row.plan
         return {
             "key": key,
@@ -116,23 +148,24 @@ class Evaluator:
             "drawable": drawable(shape_of(self.model)),
             **fewer_crops(outcomes),
             "metrics": metrics,
+            **({"failed": {"n": len(lost), "causes": dict(causes.most_common())}} if lost else {}),
             "speed": {
                 "questions_per_second": rate,
                 "batch_size": self.data.batch_size,
                 "shared": bool(self.shared and self.shared.hits > hits),
             }
             | (
-                {"parts": {part: s / (len(outcomes) - before) for part, s in watch.seconds.items()}}
+                {"parts": {part: s / (len(done) - before) for part, s in watch.seconds.items()}}
                 if watch and rate
                 else {}
             ),
-            **({"counted": self.count(plan)} if self.config.measure else {}),
-            **({"words": passing(outcomes, plan.tau)} if plan.reads_clip and plan.words == "te_rt" else {}),
+            **({"counted": self.count(plan, done[0]["id"])} if self.config.measure else {}),
+            **({"words": passing(done, plan.tau)} if plan.reads_clip and plan.words == "te_rt" else {}),
         }
 
     def module(self, row, record, watch) -> LightningModule:
         """What carries the plan out: answers to questions, or classes of images."""
-        part = {"part": watch} if watch else {}
+        part = {"collate": self.batch} | ({"part": watch} if watch else {})
         trainer = self.config.trainer
         if is_encoder(self.config):
             return Classify(self.processor, self.data.source.classes, row.plan, record, self.watch, **part)
@@ -140,6 +173,32 @@ class Evaluator:
         more |= {"vision_batch": trainer.vision_batch, "compile": trainer.compile}
         generation = self.data.generation or {"max_new_tokens": self.config.data.max_new_tokens}
         return Answer(self.model, self.processor, row.planner, record, watch=self.watch, generation=generation, **more)
+
+    def batch(self, samples: list[dict]) -> Batch:
+        """A batch of samples on the model's device."""
+        return self.data.transfer_batch_to_device(self.data.collate(samples), self.device, 0)
+
+    def test(self, module: LightningModule) -> None:
+        """Evaluate what is not done; an interrupt ends it as elsewhere."""
+        try:
+            self.trainer().test(module, datamodule=self.data, verbose=False)
+        except SystemExit as end:
+            if not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores further ones
+            raise KeyboardInterrupt from None
+
+    def works(self, module) -> bool:
+        """Whether the last sample can be evaluated: where samples are sorted, the smallest one."""
+        sample = read(self.data.data, self.data.order[-1])
+        if isinstance(sample, Failed):
+            return False
+        try:
+            return bool(answered(module.outcomes(self.batch([sample]))))
+        except Exception as error:
+            if not own(error):
+                raise
+            return False
 
     def trainer(self) -> Trainer:
         return Trainer(
@@ -158,10 +217,10 @@ class Evaluator:
 
         return Stopwatch(torch.cuda.synchronize) if self.device.type == "cuda" else Stopwatch()
 
-    def count(self, plan) -> dict:
-        """FLOPs of one prefill of the first sample: as torch counts the executed ones, and in closed form."""
-        batch = self.data.collate([self.data.data[0]])
-        inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
+    def count(self, plan, name: str) -> dict:
+        """FLOPs of one prefill of a sample: as torch counts the executed ones, and in closed form."""
+        batch = self.batch([self.data.data[self.data.survey.ids.index(name)]])
+        inputs = batch.inputs
         question, shape, words, read = batch.samples[0]["question"], shape_of(self.model), 0, 0
         if is_encoder(self.config):
             counted = count(
@@ -175,13 +234,31 @@ class Evaluator:
         parts = ("vision", "projector", "text_encoder", "language", "pruner", "total")
         return {"counted": counted, "closed": {part: getattr(closed, part) for part in parts}}
 
+    def marker(self, key: str) -> Path:
+        """The file that says that a row is in W&B."""
+        return self.folder / "wandb-logged" / key
+
+    def unlogged(self, key: str) -> None:
+        """Log the row (again): its result is new."""
+        self.marker(key).unlink(missing_ok=True)
+
     def log(self, record: dict, current: list[dict]) -> None:
         """One W&B run per row; what was logged once is not logged again by a run that goes on."""
         if self.config.logger.name == "none":
             return
-        marker = self.folder / "wandb-logged" / record["key"]
+        marker = self.marker(record["key"])
         if marker.exists():
             return
 
         log_row(self.config, self.folder, record, self.read(record["key"]), self.read(current[0]["key"]), self.data)
         records.replace(marker, b"")
+
+
+def nothing_works(label: str, which: str, first: dict) -> UserError:
+    return UserError(f"row {label!r}: none of {which} can be evaluated; the first {first['cause']}: {first['failed']}")
+
+
+def told(causes: dict[str, int], total: int) -> str:
+    """ "3 of 200 samples failed (2 cannot be read, 1 out of memory)"."""
+    counts = ", ".join(f"{count} {cause}" for cause, count in causes.items())
+    return f"{sum(causes.values())} of {total} samples failed ({counts}) and are left out of every number"

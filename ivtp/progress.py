@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ivtp.text import one_line
+
 EVERY = 30.0
 """Seconds between two lines."""
 
@@ -26,9 +28,15 @@ def progress(
 ) -> Iterator[Callable[[int], None]]:
     """Within the context, what is yielded is told how many of `total` samples are done; `done` were before."""
     if console.is_terminal:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Rate(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(title, total=total, completed=done)
+            task = bar.add_task(one_line(title), total=total, completed=done)
             yield lambda now: bar.update(task, completed=now)
         return
     start = said = clock()

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ivtp.registry import UserError
+from ivtp.text import escaped
 
 
 class RecordError(UserError):
@@ -43,7 +44,12 @@ def append(path: Path, rows: Iterable[dict]) -> None:
 
 def lines(rows: Iterable[dict]) -> bytes:
     """Rows as JSON lines."""
-    return "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    return b"".join(as_json(row) + b"\n" for row in rows)
+
+
+def as_json(value: object, indent: int | None = None) -> bytes:
+    """JSON in UTF-8; what would not be plain text in it stays an escape."""
+    return escaped(json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent)).encode()
 
 
 def _unwritable(path: Path, error: OSError) -> RecordError:

@@ -5,7 +5,6 @@ Any key of the config can be given as `key=value`, any group as `group=name`; `-
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -47,10 +46,11 @@ def run(arguments: Sequence[str]) -> Path:
     records_probe(folder)
 
     from omegaconf import OmegaConf
-    from rich.console import Console
 
-    console = Console(highlight=False)  # standard error is for what went wrong
-    console.print(f"[bold]{config.name}[/]: {len(rows)} rows → {folder}", soft_wrap=True)
+    from ivtp.console import PlainConsole
+
+    console = PlainConsole()  # standard error is for what went wrong
+    console.print(f"{config.name}: {len(rows)} rows → {folder}", soft_wrap=True)
 
     from ivtp import build, records
 
@@ -71,6 +71,8 @@ def run(arguments: Sequence[str]) -> Path:
         console.print(f"{config.model.source} has no class token: in its tower the {reference} judges", soft_wrap=True)
     data = build.build_data(config, processor, shape, config.trainer.batch_size, build.context_of(model))
     say_crops(model, data.survey.sizes, console)
+    if data.survey.failed:
+        console.print(f"{len(data.survey.failed)} of {len(data.data)} samples cannot be used", soft_wrap=True)
     text, instruction = prompt_lengths(data.survey, processor) if shape.language else (0, 0)
     planned = build.plan_rows(rows, shape, text, instruction)
     identity = {
@@ -104,11 +106,16 @@ def run(arguments: Sequence[str]) -> Path:
         key = records.key(asked, identity, sources)
         record = done.get(key)
         evaluator.share(planned[number - 1 :])
-        if record is None or record["label"] != row.label:
-            title = f"{number}/{len(planned)} {row.label}"
+        # Samples that failed are tried again: a file may have been mended, the device free of other work.
+        if record is None or record["label"] != row.label or record.get("failed"):
+            title, before = f"{number}/{len(planned)} {row.label}", record
             record = evaluator.evaluate(key, row, title) | about | sources
             record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            records.append(results, [record])
+            if before is not None and before["label"] == row.label:
+                record["speed"] = before["speed"]  # of all samples, not of those that were tried again
+            if before is None or outcome_of(before) != outcome_of(record):
+                records.append(results, [record])
+                evaluator.unlogged(key)
         current.append(record)
         evaluator.log(record, current)
     experiment = {
@@ -117,9 +124,9 @@ def run(arguments: Sequence[str]) -> Path:
         "question": question(config),
     }
     experiment |= {key: OmegaConf.to_container(config)[key] for key in ("paper", "claims", "pictures", "overlap")}
-    records.replace(folder / "experiment.json", json.dumps(experiment, ensure_ascii=False).encode())
+    records.replace(folder / "experiment.json", records.as_json(experiment))
     images = processor.image_processor
-    report(folder, current, config.compare_to, data.data, Console(), experiment["question"], experiment, images)
+    report(folder, current, config.compare_to, data.data, console, experiment["question"], experiment, images)
     return folder
 
 
@@ -134,6 +141,13 @@ def say_crops(model, sizes: list, console) -> None:
     rule = f"max_crops={limit.crops}: images that the checkpoint cuts into more crops are made smaller"
     counted = f"{sum(map(limit.affected, known))} of the {sum(map(len, known))} images of all questions"
     console.print(f"{rule}; {counted if known else 'how many is recorded with the results'}", soft_wrap=True)
+
+
+def outcome_of(record: dict) -> bytes:
+    """What a row evaluated to, to tell whether trying again changed it."""
+    from ivtp import records
+
+    return records.as_json([record["label"], record["metrics"], record.get("failed")])
 
 
 def check_claims(config, rows: list[dict]) -> None:
@@ -169,7 +183,7 @@ def spend(config, rows: list[dict], folder: Path, console) -> None:
         try:
             found += closed_form(name, rows, shape, config.costs.text, None)
         except UserError as error:  # a budget that only fits the model that runs
-            console.print(f"no cost of {name}: {error}", soft_wrap=True, markup=False)
+            console.print(f"no cost of {name}: {error}", soft_wrap=True)
     records.replace(folder / "costs.jsonl", b"")
     records.append(folder / "costs.jsonl", found)
     if not config.evaluate:
@@ -179,7 +193,7 @@ def spend(config, rows: list[dict], folder: Path, console) -> None:
         for table in made:
             print(as_text(table))
         text = f"# {config.name}\n" + "".join(markdown(*table) for table in made)
-        records.replace(folder / "table.md", text.encode())
+        records.replace(folder / "table.md", text.encode(errors="backslashreplace"))
 
 
 def question(config) -> str:
@@ -213,8 +227,12 @@ def pick_device(config) -> str:
 def prompt_lengths(survey, processor) -> tuple[int, int]:
     """Mean tokens of a prompt without its image, and of an instruction with the text encoder's two marks."""
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    around = [len(ids) - ids.count(image) for ids in processor.tokenizer(survey.prompts)["input_ids"]]
-    alone = [len(ids) + 2 for ids in processor.tokenizer(survey.questions, add_special_tokens=False)["input_ids"]]
+    prompts, questions = (
+        [text for place, text in enumerate(texts) if place not in survey.failed]
+        for texts in (survey.prompts, survey.questions)
+    )
+    around = [len(ids) - ids.count(image) for ids in processor.tokenizer(prompts)["input_ids"]]
+    alone = [len(ids) + 2 for ids in processor.tokenizer(questions, add_special_tokens=False)["input_ids"]]
     return round(sum(around) / len(around)), round(sum(alone) / len(alone))
 
 

@@ -32,11 +32,12 @@ def layer(path: Path) -> str:
 
 ALLOWED = {
     "registry": set(),
+    "text": set(),
     "pruning": {"pruning", "registry"},
     "pruners": {"pruners", "pruning", "registry"},
     "backbones": {"backbones", "pruning", "registry"},
     "models": {"backbones", "pruners", "pruning", "registry"},
-    "data": {"data", "registry"},
+    "data": {"data", "registry", "text"},
 }
 """What each part may import of ivtp; the rest (evaluation, build, records, report, run) stands above them all."""
 

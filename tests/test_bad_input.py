@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from running import lines, one_line, run, spawn
+from running import lines, one_line, outcomes, run, spawn
 
 from ivtp.models import ASSETS
 
@@ -197,11 +197,36 @@ def questions(tmp_path):
     return write
 
 
-def test_an_image_that_cannot_be_read_names_its_sample(refused, questions):
+@pytest.fixture
+def failed(tmp_path, capfd):
+    """Run over two questions of which one cannot be used, and the other is answered: the outcome of the first."""
+
+    def go(folder: Path) -> dict:
+        one = "variants=[{label: a, pruner: none}]"
+        assert run(one, "data=folder", f"data.path={folder}", "data.max_new_tokens=1", output=tmp_path / "out") == 0
+        said = capfd.readouterr()
+        assert "1 of 2 samples failed" in said.out and said.err == ""
+        record = lines(tmp_path / "out" / "run" / "results.jsonl")[-1]
+        assert record["metrics"]["accuracy"]["n"] == 1 and record["failed"]["n"] == 1
+        first, second = outcomes(tmp_path / "out" / "run", record)
+        assert "failed" not in first and second["id"] == "second" and second["correct"] is None
+        return second
+
+    return go
+
+
+def test_an_image_that_cannot_be_read_fails_alone(failed, questions):
     folder = questions(image="b.png")
-    assert "sample 'second': image 'b.png' cannot be read" in refused("data=folder", f"data.path={folder}")
+    assert "image 'b.png' cannot be read" in failed(folder)["failed"]
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:60])
-    assert "sample 'second': image 'b.png' cannot be read" in refused("data=folder", f"data.path={folder}")
+    assert "image 'b.png' cannot be read" in failed(folder)["failed"]
+
+
+def test_images_of_which_none_can_be_read_end_in_one_line(refused, questions):
+    folder = questions()
+    (folder / "a.png").unlink()
+    line = refused("data=folder", f"data.path={folder}")
+    assert "none of the 2 samples can be" in line and "image 'a.png' cannot be read" in line
 
 
 def test_an_empty_question_names_its_sample(refused, questions):
@@ -209,10 +234,9 @@ def test_an_empty_question_names_its_sample(refused, questions):
     assert "sample 'second' has an empty question" in line
 
 
-def test_a_question_with_an_image_of_its_own_names_its_sample(refused, questions):
-    line = refused("data=folder", f"data.path={questions(question='what is <image> ?')}")
-    assert "sample 'second'" in line
-    assert "<image>" in line
+def test_a_question_with_an_image_of_its_own_fails_alone(failed, questions):
+    outcome = failed(questions(question="what is <image> ?"))
+    assert outcome["cause"] == "cannot be prepared" and "image token '<image>'" in outcome["failed"]
 
 
 def test_good_questions_of_your_own_are_answered(tmp_path, questions):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import lightning as L
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ivtp.data.answers import exact
 from ivtp.data.errors import DataError
+from ivtp.data.failures import PREPARING, READING, Failed, Readable, failure, read, texts
 
 CHAT = "chat"
 """Of `prompt`: the processor's own chat template."""
@@ -22,10 +23,11 @@ CHAT = "chat"
 
 @dataclass
 class Batch:
-    """`inputs` for the model; `samples` as the data set gave them."""
+    """`inputs` for the model; `samples` as the data set gave them; `failed`: those that cannot be evaluated."""
 
     inputs: dict[str, Tensor]
     samples: list[dict]
+    failed: list[Failed] = field(default_factory=list)
 
 
 def pictures(sample: dict) -> list:
@@ -89,6 +91,8 @@ class Collate:
         question, images = sample["question"], len(pictures(sample))
         if not question.strip():
             raise DataError(f"sample {sample['id']!r} has an empty question")
+        if any("\ud800" <= character <= "\udfff" for character in question):
+            raise DataError(f"sample {sample['id']!r}: its question holds half of a surrogate pair, which is no text")
         placed = question.count(self.image_token)
         if placed and ("images" not in sample or placed != images):
             raise DataError(
@@ -106,11 +110,41 @@ class Collate:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Samples and failures, as they were read → Batch. A sample that cannot be prepared fails; the others do not notice."""
+
+    collate: Callable[[list[dict]], Batch]
+
+    def __call__(self, items: list[dict | Failed]) -> Batch:
+        failed = [item for item in items if isinstance(item, Failed)]
+        samples = [item for item in items if not isinstance(item, Failed)]
+        while samples:
+            try:
+                return replace(self.collate(samples), failed=failed)
+            except Exception:
+                found = [self.alone(sample) for sample in samples]
+                if not any(found):  # each can be prepared alone, so that none of them is the cause
+                    raise
+            samples = [sample for sample, reason in zip(samples, found, strict=True) if reason is None]
+            failed += [reason for reason in found if reason is not None]
+        return Batch({}, [], failed)
+
+    def alone(self, sample: dict) -> Failed | None:
+        """Why the sample cannot be prepared, if it cannot."""
+        try:
+            self.collate([sample])
+        except Exception as error:
+            return failure(sample, error, PREPARING)
+        return None
+
+
+@dataclass(frozen=True)
 class Survey:
     """What a run has to know of all samples before the first; `hash` covers ids, texts, images and asked patches.
 
     prompts  the questions as the model reads them, with one image token for an image
     sizes    of the images of each sample; None: they were not opened
+    failed   place → why the sample cannot be evaluated, as far as that is known already; its prompt is empty
     """
 
     ids: list[str]
@@ -118,6 +152,7 @@ class Survey:
     prompts: list[str]
     hash: str
     sizes: list[list[tuple[int, int]] | None]
+    failed: dict[int, Failed] = field(default_factory=dict)
 
 
 class QuestionData(L.LightningDataModule):
@@ -127,8 +162,6 @@ class QuestionData(L.LightningDataModule):
              have the same sizes side by side, for models that read images of several sizes
     A data set may bring more than items: `judge(sample, text)` → fields of an outcome (see `exact`), `generation`, settings
     of `generate`; `scores(outcomes, folder)`, metrics of its own; `about`, what its results depend on; `sketch(place)` →
-    a sample without its images (with their `sizes`, where known), and bytes that stand for their content, where that is
-    cheaper than opening them.
     """
 
     def __init__(
@@ -155,33 +188,54 @@ class QuestionData(L.LightningDataModule):
     @cached_property
     def survey(self) -> Survey:
         """Every sample looked at once: opening its image may be the dearest part of a start."""
-        ids, questions, prompts, sizes, digest = [], [], [], [], hashlib.sha256()
-        sketch = getattr(self.source, "sketch", self._open)
+        ids, questions, prompts, sizes, digest, failed = [], [], [], [], hashlib.sha256(), {}
         for place in range(len(self.data)):
-            sample, content = sketch(place)
+            sample, content = self._sketched(place)
+            if isinstance(sample, Failed):
+                failed[place], sample = sample, sample.sample
+                sizes.append(None)
+            else:
+                sizes.append(self._known_sizes(sample))
+                try:
+                    prompts.append(self.collate.render(sample))
+                except Exception as error:
+                    failed[place] = failure(sample, error, PREPARING)
+            if place in failed:
+                prompts.append("")
             ids.append(sample["id"])
             questions.append(sample["question"])
-            sizes.append(self._known_sizes(sample))
-            prompts.append(self.collate.render(sample))
             digest.update(json.dumps([sample[name] for name in ("id", "question", "answer", "family")]).encode())
             if "answers" in sample:
                 digest.update(json.dumps(sample["answers"]).encode())
             digest.update(content)
-        return Survey(ids, questions, prompts, digest.hexdigest()[:16], sizes)
+        if failed and len(failed) == len(ids):
+            first = failed[0]
+            raise DataError(f"none of the {len(ids)} samples can be used; the first, {first.cause}: {first.reason}")
+        return Survey(ids, questions, prompts, digest.hexdigest()[:16], sizes, failed)
+
+    def _sketched(self, place: int) -> tuple[dict | Failed, bytes]:
+        """A sample with or without its images and what stands for their content; of one that cannot be read, that."""
+        try:
+            return getattr(self.source, "sketch", self._open)(place)
+        except Exception as error:
+            return failure(texts(self.source, place), error, READING), b"cannot be read"
 
     @cached_property
     def order(self) -> list[int]:
-        """The places of the samples in the order in which they are asked."""
-        places = list(range(len(self.data)))
+        """The places of the samples in the order in which they are asked, but of those that are known to fail."""
+        places = [place for place in range(len(self.data)) if place not in self.survey.failed]
         if not self.sort:
             return places
         lengths = [len(ids) for ids in self.collate.processor.tokenizer(self.survey.prompts)["input_ids"]]
-        sizes = [self._sizes(place) if self.by_size else [] for place in places]
+        sizes = {place: self._sizes(place) if self.by_size else [] for place in places}
         return sorted(places, key=lambda place: (len(sizes[place]), sizes[place], lengths[place]), reverse=True)
 
     def _sizes(self, place: int) -> list[tuple[int, int]]:
         known = self.survey.sizes[place]
-        return [image.size for image in pictures(self.data[place])] if known is None else known
+        if known is not None:
+            return known
+        sample = read(self.data, place)
+        return [] if isinstance(sample, Failed) else [image.size for image in pictures(sample)]
 
     def _known_sizes(self, sample: dict) -> list[tuple[int, int]] | None:
         """Sizes of a sample's images, None if they are not known; one whose images were not opened gets places for them."""
@@ -211,10 +265,10 @@ class QuestionData(L.LightningDataModule):
         return (self.data[i] for i in range(len(self.data)))
 
     def test_dataloader(self) -> DataLoader:
-        data = self.data
+        places: Sequence[int] = range(len(self.data))
         if self.done or self.sort:
-            data = Subset(data, [place for place in self.order if self.survey.ids[place] not in self.done])
-        return DataLoader(data, batch_size=self.batch_size, collate_fn=self.collate)
+            places = [place for place in self.order if self.survey.ids[place] not in self.done]
+        return DataLoader(Readable(self.data, places), batch_size=self.batch_size, collate_fn=Together(self.collate))
 
     def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:
-        return Batch({name: value.to(device) for name, value in batch.inputs.items()}, batch.samples)
+        return Batch({name: value.to(device) for name, value in batch.inputs.items()}, batch.samples, batch.failed)

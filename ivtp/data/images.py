@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class Images(Dataset):
 
     def sketch(self, place: int) -> tuple[dict, bytes]:
         """A sample without its image, and what stands for the image's content: opening all of a large set takes long."""
-        return self._text(place), self.stamp(place).encode()
+        return self._text(place), self.stamp(place).encode(errors="backslashreplace")
 
 
 class ImageCollate:
@@ -91,7 +92,8 @@ def image_folder(path: str | Path, patch_count: int) -> Images:
             f"data.path={path} must be a folder with one folder of images for each class ({error})"
         ) from error
     files = [Path(file) for file, _ in found.samples]
-    names = [name.replace("_", " ") for name in found.classes]
+    # Names of files are bytes: those that are no UTF-8 come as lone surrogates, which no tokenizer reads.
+    names = [os.fsencode(name).decode(errors="replace").replace("_", " ") for name in found.classes]
     if all(name[0] == "n" and name[1:].isdigit() for name in found.classes):
         from timm.data import ImageNetInfo
 

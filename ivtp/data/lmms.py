@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
@@ -25,6 +25,7 @@ from PIL import Image, ImageFile
 from torch.utils.data import Dataset
 
 from ivtp.data.errors import DataError, first_line
+from ivtp.data.failures import Failed, read
 from ivtp.data.generation import cut, settings, stops
 from ivtp.data.judges import JudgeError, checked, judged_by
 from ivtp.data.lmms_tasks import load_task
@@ -33,6 +34,8 @@ from ivtp.registry import UnknownName, unknown
 
 THOUGHTS = [["<think>", "</think>"], ["<analysis>", "</analysis>"]]
 """What lmms-eval's command takes out of answers unless told otherwise."""
+TRIED = 8
+"""Documents that are tried before a run, until one can be read."""
 UNREADABLE = "§"
 """An answer that no rule makes anything of, to see what a task then does."""
 
@@ -170,6 +173,14 @@ class LmmsTask(Dataset):
         digest.update(self._image_id(place).encode())
         return self._text(place), digest.digest()
 
+    def texts(self, place: int) -> dict:
+        """An item without its images, as far as its document can be read."""
+        known = {"id": self._id(place), "image_id": self._id(place), "question": self.requests[place].args[0]}
+        for more in (self._text, lambda place: {"image_id": self._image_id(place)}):
+            with suppress(DataError, OSError):
+                known |= more(place)
+        return known
+
     def judge(self, sample: dict, text: str) -> dict:
         """What the task makes of an answer: the value of each of its metrics for this document, and if it is right."""
         place, text = self.places[sample["id"]], cut(text, self.until)
@@ -287,8 +298,11 @@ class LmmsTask(Dataset):
         return float(value) if is_number and math.isfinite(float(value)) else None
 
     def _try(self) -> None:
-        """Before any model works: does the task show and judge its first document, and does the judge answer if it asks one?"""
-        values = self.judge(self[0], UNREADABLE)["scores"]
+        """Before any model works: does the task show and judge a document (the first that can be read), and does the judge
+        answer if it asks one?"""
+        tried = (read(self, place) for place in range(min(TRIED, len(self))))
+        sample = next((sample for sample in tried if not isinstance(sample, Failed)), None) or self[0]
+        values = self.judge(sample, UNREADABLE)["scores"]
         with TemporaryDirectory() as folder:
             for name, value in values.items():
                 aggregate = self.task.aggregation().get(name.rpartition(",")[0])

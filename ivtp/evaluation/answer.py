@@ -6,20 +6,43 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ivtp.backbones.companions import crop_limit_of
 from ivtp.backbones.shared import SharedVision
 from ivtp.backbones.trace import Trace
 from ivtp.data.answers import exact, normalise
 from ivtp.data.batches import Batch, pictures
+from ivtp.data.failures import NOT_FINITE, SCORING, Failed, failure
+from ivtp.data.judges import JudgeError
+from ivtp.evaluation.isolated import Isolated
 from ivtp.models import prune
 from ivtp.pruners.planner import Planner
 from ivtp.pruning.pruner import Plan
 from ivtp.pruning.traverse import Kept
+from ivtp.registry import UserError
+
+JUDGE_FAILURES = 8
+"""So many answers in a row that the judge fails on, and the run ends: it is down."""
+
+
+class FiniteLogits(LogitsProcessor):
+    """Watches the logits that `generate` reads, and changes none: `failed` "b", those that were NaN or infinite before
+    the answer ended."""
+
+    def __init__(self, model: nn.Module, prompt: int) -> None:
+        end = model.generation_config.eos_token_id
+        self.end = torch.tensor([] if end is None else end, dtype=torch.long, device=model.device).view(-1)
+        self.prompt, self.failed = prompt, torch.zeros((), dtype=torch.bool, device=model.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The maximum of a row is NaN if any is, and infinite if any is or all are.
+        ended = torch.isin(input_ids[:, self.prompt :], self.end).any(1)
+        self.failed = self.failed | (~scores.amax(-1).isfinite() & ~ended)
+        return scores
 
 
 def respond(
@@ -32,30 +55,35 @@ def respond(
     compile: str | Mapping | None = None,
     **more,
 ):
-    """What `model` answers under a plan, greedily: texts, generated tokens "b t", and the run.
+    """What `model` answers under a plan, greedily: texts, generated tokens "b t", whether all logits of each were finite
+    "b", and the run.
 
     pruner      a plan, or what makes one for the images of each prompt
     generation  settings of `generate`; more: of `prune`
     vision_batch, compile  of the run: see `PrunedModel`
     """
     questions = [sample["question"] for sample in batch.samples]
+    prompt = batch.inputs["input_ids"].shape[1]
+    logits = FiniteLogits(model, prompt)
     with prune(model, pruner, instruction=questions, **more) as run:
         run.vision_batch = vision_batch
         if compile is not None:
             run.compile(compile)
-        tokens = model.generate(**batch.inputs, **generation, do_sample=False)
-    tokens = tokens[:, batch.inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(tokens, skip_special_tokens=True), tokens, run
+        watching = LogitsProcessorList([logits])
+        tokens = model.generate(**batch.inputs, **generation, do_sample=False, logits_processor=watching)
+    tokens = tokens[:, prompt:]
+    beams = logits.failed.view(len(questions), -1)
+    return processor.batch_decode(tokens, skip_special_tokens=True), tokens, ~beams.any(1), run
 
 
-class Answer(L.LightningModule):
-    """Answers every question under a plan and hands each sample's outcome to `record`, batch by batch.
+class Answer(Isolated):
+    """Answers every question under a plan and hands each sample's outcome to `record`, batch by batch. Never trains.
 
     An outcome is a dict: id, image, family, question; answer, prediction, correct and what else `judge` says; early (the
     answer read out after part 1), early_correct, kept (patch indices after the last cut), hit (some kept token lies on
     what was asked about), share (of kept tokens there), words (of the instruction, with their relevance); of samples
     whose id is in `watch` also lived (see there); where crops are limited, fewer_crops (images that the checkpoint would
-    have cut into more).
+    have cut into more). That of a sample without an answer: see `Failed`.
     """
 
     def __init__(
@@ -72,43 +100,45 @@ class Answer(L.LightningModule):
         generation: Mapping | None = None,
         vision_batch: int | None = None,
         compile: str | Mapping | None = None,
+        collate: Callable[[list[dict]], Batch] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(record, collate)
         # Not a submodule: Lightning must not move, save or train what it only looks through.
         self._model = [model]
-        self.processor, self.pruner, self.record = processor, pruner, record
+        self.processor, self.pruner = processor, pruner
         self.plan = pruner.outline if isinstance(pruner, Planner) else pruner
         self.watch, self.shared, self.part, self.judge = watch, shared, part, judge
         self.by_image = isinstance(pruner, Planner) and pruner.shape.by_image
         self.generation = {"max_new_tokens": max_new_tokens, **(generation or {})}
         self.vision_batch, self.compiling = vision_batch, compile
         self.accuracy = MeanMetric()
-        self.seconds = 0.0
+        self.judge_failures = 0
 
     @property
     def model(self) -> nn.Module:
         return self._model[0]
 
-    def training_step(self, *_):
-        raise RuntimeError("ivtp evaluates frozen models and trains nothing; use Trainer.test(module, datamodule=...)")
-
-    configure_optimizers = training_step
-
-    @torch.inference_mode()
-    def test_step(self, batch: Batch, index: int) -> None:
+    def outcomes(self, batch: Batch) -> list[dict]:
         start = time.perf_counter()
         more = {"shared": self.shared, "part": self.part, "read_early": True}
         more |= {"vision_batch": self.vision_batch, "compile": self.compiling}
         if self.plan.reads_truth:
             more["truth"] = torch.stack([sample["patches"] for sample in batch.samples])
-        texts, tokens, run = respond(self.model, self.processor, self.pruner, batch, self.generation, **more)
+        texts, tokens, finite, run = respond(self.model, self.processor, self.pruner, batch, self.generation, **more)
+        finite = finite.tolist()
         self.seconds += time.perf_counter() - start
         first = self.processor.batch_decode(tokens[:, :1], skip_special_tokens=True)
         early = self.processor.batch_decode(run.trace.early.argmax(-1, keepdim=True), skip_special_tokens=True)
         kept = run.trace.kept
         rated, outcomes, limit = run.trace.words or [None] * len(texts), [], crop_limit_of(self.model)
         for i, sample in enumerate(batch.samples):
-            judged = self.judge(sample, texts[i])
+            if not finite[i]:
+                outcomes.append(not_finite(sample, run.trace.early.dtype).outcome())
+                continue
+            judged = self._judged(sample, texts[i])
+            if isinstance(judged, Failed):
+                outcomes.append(judged.outcome(texts[i].strip()))
+                continue
             outcomes.append(
                 {
                     "id": sample["id"],
@@ -133,21 +163,46 @@ class Answer(L.LightningModule):
                 before = sum(len(pictures(other)) for other in batch.samples[:i])
                 cuts = [*((cut, before) for cut in run.trace.vision), *((cut, i) for cut in run.trace.language)]
                 outcomes[-1]["lived"] = lived(cuts, len(sample["patches"]))
-            if judged["correct"] is not None:
-                self.accuracy.update(float(judged["correct"]))
-        self.record(outcomes)
+        for outcome in outcomes:
+            if outcome["correct"] is not None:
+                self.accuracy.update(float(outcome["correct"]))
+        return outcomes
+
+    def _judged(self, sample: dict, text: str) -> dict | Failed:
+        """What the answer is worth, or why that cannot be said; raises UserError where a judge fails again and again."""
+        try:
+            judged = self.judge(sample, text)
+        except Exception as error:
+            self.judge_failures += isinstance(error, JudgeError)
+            if self.judge_failures >= JUDGE_FAILURES:
+                raise UserError(f"{error}; the same command goes on from here") from error
+            if self.collate is None:
+                raise
+            return failure(sample, error, SCORING)
+        self.judge_failures = 0
+        return judged
 
     def early(self, sample: dict, judged: dict, early: str, first: str) -> bool | float | None:
         """Whether the answer was right after part 1. Only its first token is read out there: it counts where that token
         is the one that the whole model starts a correct answer with."""
         if self.generation["max_new_tokens"] == 1:
-            return self.judge(sample, early)["correct"]
+            judged = self._judged(sample, early)
+            return None if isinstance(judged, Failed) else judged["correct"]
         correct = judged["correct"]
         return correct if correct is None or normalise(early) == normalise(first) else type(correct)()
 
     def on_test_epoch_end(self) -> None:
         if self.accuracy.update_count:
             self.log("accuracy", self.accuracy)
+
+
+def not_finite(sample: dict, dtype: torch.dtype) -> Failed:
+    """The failure of a sample whose logits are NaN or infinite, so that there is no answer to score."""
+    name = str(dtype).removeprefix("torch.")
+    fix = "look for values that are not finite in the weights"
+    if dtype == torch.float16:
+        fix = "they may be too large for it: use model.dtype=bfloat16 or float32"
+    return Failed(sample, NOT_FINITE, f"logits are NaN or infinite in {name}; {fix}")
 
 
 def counted(trace: Trace, sample: int) -> dict:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from ivtp.data.judges import JudgeError
 from ivtp.data.questions import DataError
 from ivtp.evaluation.statistics import mean_error
 
@@ -14,15 +16,24 @@ GROUPS = 100
 """Parts of the images that are left out in turn: enough for two digits of an error."""
 
 
-def measured(scores: Sequence) -> dict:
+def measured(scores: Sequence, lost: Collection[str] = ()) -> dict:
     """{name: {"mean", "se", "n"}} of the scores that are numbers, and "score", with the same and its "name": the main
     metric, or the sum of several.
 
     scores  of a data set: objects with name, values, singles, clusters, aggregate, sampled, main (see data/lmms.py)
+    lost    images about which a sample failed. A metric that pairs the questions of an image up leaves them out
     """
     found, numbers = {}, []
     for score in scores:
-        value = score.aggregate(score.values)
+        try:
+            value = score.aggregate(score.values)
+        except JudgeError:
+            raise
+        except DataError:
+            score = without(score, lost)
+            if not lost or not score.values:
+                raise
+            value = score.aggregate(score.values)
         if value is not None:  # None: it only wrote a file
             numbers.append(score)
             found[score.name] = {"mean": value, "se": error([score], value), "n": len(score.values)}
@@ -33,6 +44,16 @@ def measured(scores: Sequence) -> dict:
         n = sum(len(score.values) for score in main)
         found["score"] = {"mean": value, "se": one, "n": n, "name": " + ".join(score.name for score in main)}
     return found
+
+
+def without(score, images: Collection[str]):
+    """The score without the documents about some images."""
+    kept = [i for i, name in enumerate(score.clusters) if name not in images]
+
+    def chosen(values: list | None) -> list | None:
+        return values and [values[i] for i in kept]
+
+    return replace(score, values=chosen(score.values), singles=chosen(score.singles), clusters=chosen(score.clusters))
 
 
 def error(scores: Sequence, value: float) -> float:

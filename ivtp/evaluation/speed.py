@@ -22,7 +22,7 @@ def _whole_attention(x, _, __, ___, heads, qkv, ____, out, *_____, **______) -> 
 
 def _attention(q, k, v, *_, **__) -> int:
     """Attention of query heads that may share key and value heads: every query head computes its own."""
-    (b, heads, n, width), (_, _, m, _) = q, k
+    (b, heads, _, width), m = q, k[2]
     return sdpa_flop_count(q, (b, heads, m, width), (b, heads, m, v[-1]))
 
 

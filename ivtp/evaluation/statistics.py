@@ -129,12 +129,14 @@ def flips(pairs: Sequence[tuple[dict, dict]]) -> dict[str, list[str]]:
 
 
 def over_seeds(runs: Sequence[Sequence[dict]]) -> list[dict]:
-    """One outcome per sample out of those of several seeds: `correct` is the share of seeds that are right,
-    `predictions` their answers. What was answered and kept in one is that of the first seed."""
+    """One outcome per sample that all seeds have, out of those of several seeds: `correct` is the share of seeds that are
+    right, `predictions` their answers. What was answered and kept in one is that of the first seed."""
     others = [{o["id"]: o for o in run} for run in runs[1:]]
     merged = []
     for first in runs[0]:
-        same = [first, *(run[first["id"]] for run in others if first["id"] in run)]
+        if not all(first["id"] in run for run in others):
+            continue
+        same = [first, *(run[first["id"]] for run in others)]
         means = {key: _mean([o[key] for o in same]) for key in ("correct", "early_correct", "hit", "share")}
         merged.append({**first, **means, "predictions": [o["prediction"] for o in same]})
     return merged
@@ -152,7 +154,7 @@ def spread(summaries: Sequence[dict]) -> dict:
         if not isinstance(first, dict):
             merged[name] = first
             continue
-        means = [s[name]["mean"] for s in summaries if s[name]["mean"] is not None]
+        means = [s[name]["mean"] for s in summaries if name in s and s[name]["mean"] is not None]
         merged[name] = {**first, "mean": float(np.mean(means)) if means else None}
         merged[name]["sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else None
     return merged

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from ivtp import records
+from ivtp.data.failures import answered, failures
 from ivtp.evaluation.statistics import compare
 from ivtp.report import claims, overlap, paper
 from ivtp.report.claims import judge, together
@@ -35,22 +35,23 @@ def report(
     image_processor  the model's, with `data`: kept_tokens.png shows images as the model reads them
     """
     about = about or {}
-    outcomes = {row["label"]: records.read(folder / "outcomes" / f"{row['key']}.jsonl")[0] for row in rows}
-    rows, outcomes = together(rows, outcomes)
+    recorded = {row["label"]: records.read(folder / "outcomes" / f"{row['key']}.jsonl")[0] for row in rows}
+    failed = {label: failures(found) for label, found in recorded.items()}
+    rows, outcomes = together(rows, {label: answered(found) for label, found in recorded.items()})
     against = [rows[0]["label"]] + ([compare_to] if compare_to and compare_to != rows[0]["label"] else [])
     comparisons = {
         row["label"]: {other: compare(outcomes[row["label"]], outcomes[other]) for other in against} for row in rows
     }
     print_table(rows, comparisons, console)
-    records.replace(folder / "comparisons.json", as_json({**comparisons}))
+    records.replace(folder / "comparisons.json", records.as_json(comparisons, indent=1))
     judged = judge(about.get("claims") or [], outcomes, rows[0]["experiment"])
-    records.replace(folder / "claims.json", as_json(judged))
+    records.replace(folder / "claims.json", records.as_json(judged, indent=1))
     agreement = list(overlap.overlaps(rows, outcomes, about["overlap"])) if about.get("overlap") is not None else []
-    others = [*other_tables(folder, rows, judged, about), *map(overlap.table, agreement)]
+    others = [*failed_samples(failed), *other_tables(folder, rows, judged, about), *map(overlap.table, agreement)]
     for other in others:
         print_other(*other[:3], console, *other[3:])
     text = as_markdown(rows, comparisons) + "".join(markdown(*other) for other in others)
-    records.replace(folder / "table.md", text.encode())
+    records.replace(folder / "table.md", text.encode(errors="backslashreplace"))
     pictures = [folder / "accuracy_flops.png", folder / "kept_tokens.png"]
     accuracy_cost(rows, pictures[0])
     if data is None or not kept_tokens(
@@ -59,7 +60,7 @@ def report(
         pictures.pop()
     if overlap.heat_map(agreement, folder / "overlap.png"):
         pictures.append(folder / "overlap.png")
-    pictures.append(write_page(folder, rows, outcomes, comparisons, question, compare_to, others))
+    pictures.append(write_page(folder, rows, outcomes, comparisons, question, compare_to, others, failed))
     written = ", ".join(str(path) for path in [folder / "table.md", *pictures])
     console.print(f"Written: {written}", soft_wrap=True, highlight=False)
 
@@ -73,8 +74,25 @@ def check_paper(names: list[str], rows: list[dict]) -> None:
             paper.row(row["paper"])
 
 
-def as_json(value: object) -> bytes:
-    return json.dumps(records.finite(value), ensure_ascii=False, allow_nan=False, indent=1).encode()
+def failed_samples(failed: dict[str, list[dict]], most: int = 50) -> Iterator[tuple]:
+    """The table of samples without a result, of which there may be none: each with its reason, once for all rows of it."""
+    rows: dict[tuple, list[str]] = {}
+    for label, found in failed.items():
+        for outcome in found:
+            rows.setdefault((outcome["id"], outcome["cause"], outcome["failed"]), []).append(label)
+    if not rows:
+        return
+    lines = [
+        [name, cause, reason, "all" if len(labels) == len(failed) else ", ".join(labels)]
+        for (name, cause, reason), labels in rows.items()
+    ]
+    more = f" Shown: {most} of {len(lines)}; all of them are in outcomes/." if len(lines) > most else ""
+    yield (
+        "Failed samples",
+        ["sample", "", "reason", "rows"],
+        lines[:most],
+        f"They are left out of every number, and of both rows of a comparison. The next start tries them again.{more}",
+    )
 
 
 def other_tables(folder: Path, rows: list[dict], judged: list[dict], about: dict) -> Iterator[tuple]:

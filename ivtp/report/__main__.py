@@ -23,12 +23,11 @@ def _write(arguments: list[str]) -> None:
 
 
 def write(folder: Path) -> None:
-    from rich.console import Console
-
+    from ivtp.console import PlainConsole
     from ivtp.report import report
 
     rows, about = finished(folder)
-    report(folder, rows, about.get("compare_to"), None, Console(), about.get("question", ""), about)
+    report(folder, rows, about.get("compare_to"), None, PlainConsole(), about.get("question", ""), about)
 
 
 def finished(folder: Path) -> tuple[list[dict], dict]:

@@ -18,10 +18,9 @@ def together(rows: list[dict], outcomes: dict[str, list[dict]]) -> tuple[list[di
         rates = [row["speed"]["questions_per_second"] for row in group if row["speed"]["questions_per_second"]]
         speed = group[0]["speed"] | {"questions_per_second": sum(rates) / len(rates) if rates else None}
         metrics = spread([row["metrics"] for row in group])
-        series = group[0].get("series", label)
-        merged.append(
-            group[0] | {"label": label, "series": series, "metrics": metrics, "speed": speed, "seeds": len(group)}
-        )
+        series, lost = group[0].get("series", label), [row["failed"]["n"] for row in group if row.get("failed")]
+        about = {"label": label, "series": series, "metrics": metrics, "speed": speed, "seeds": len(group)}
+        merged.append(group[0] | about | ({"failed": {"n": sum(lost)}} if lost else {}))
     found = {}
     for row in merged:
         group = members[row["label"]]
@@ -72,4 +71,5 @@ HEADS = ["claim", "the paper's effect", "ours", "n", "agrees?"]
 
 def lines(judged: list[dict]) -> list[list[str]]:
     paper = ["not printed" if claim["paper"] is None else f"{claim['paper']:+.1f}" for claim in judged]
-    return [[c["claim"], p, interval(c), str(c["n"]), c["agrees"]] for c, p in zip(judged, paper, strict=True)]
+    ours = [interval(claim) if claim["n"] else "–" for claim in judged]
+    return [[c["claim"], p, o, str(c["n"]), c["agrees"]] for c, p, o in zip(judged, paper, ours, strict=True)]

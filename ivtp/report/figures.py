@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -11,8 +12,10 @@ import numpy as np
 from PIL import Image
 
 from ivtp.data.batches import pictures
+from ivtp.data.failures import Failed, read
 from ivtp.evaluation.benchmarks import principal
 from ivtp.report.viewer import as_seen
+from ivtp.text import one_line, shortened
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -93,24 +96,25 @@ def kept_tokens(
     drawn = [row for row in drawn if "random" not in row["label"]] or drawn
     drawn = [row for row in drawn if row["section"] == drawn[0]["section"]][:10]
     patches = rows[0]["tokens"][0]
-    # One sample of each family in turn, each about another image.
+    # One sample of each family in turn, each about another image; those that failed in some row are left out.
     count = min(samples, len(data))
     places = [min(i * (len(data) // count) + i, len(data) - 1) for i in range(count)]
     if one_image:  # the questions about the first image that has several
-        images = [data[i].get("image_id", i) for i in range(min(len(data), 50))]
+        first = [read(data, i) for i in range(min(len(data), 50))]
+        images = [i if isinstance(each, Failed) else each.get("image_id", i) for i, each in enumerate(first)]
         shared = max(images, key=images.count)
         places = [i for i, image in enumerate(images) if image == shared][:samples]
-    places = [place for place in places if len(pictures(data[place])) == 1]
-    count = len(places)
-    if not places:
+    by_row = [{outcome["id"]: outcome for outcome in outcomes[row["label"]]} for row in drawn]
+    shown = [sample for sample in (read(data, place) for place in places) if not isinstance(sample, Failed)]
+    shown = [s for s in shown if len(pictures(s)) == 1 and all(s["id"] in by_id for by_id in by_row)]
+    count = len(shown)
+    if not shown:
         return False
     figure, grid = plt.subplots(
         len(drawn), count, figsize=(2.1 * count, 2.25 * len(drawn) + 0.5), squeeze=False, layout="constrained"
     )
-    for line, row in zip(grid, drawn, strict=True):
-        by_id = {outcome["id"]: outcome for outcome in outcomes[row["label"]]}
-        for column, (axes, place) in enumerate(zip(line, places, strict=True)):
-            sample = data[place]
+    for line, row, by_id in zip(grid, drawn, by_row, strict=True):
+        for column, (axes, sample) in enumerate(zip(line, shown, strict=True)):
             outcome = by_id[sample["id"]]
             image = np.asarray(as_seen(image_processor, *pictures(sample)))
             axes.imshow(overlay(image, outcome["kept"], patches, sample["patches"].numpy()))
@@ -128,12 +132,13 @@ def kept_tokens(
 def save(figure, path: Path, dpi: int) -> None:
     """Write a figure as a PNG of 256 colours: a third of the size, and no different to the eye."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of any script: matplotlib draws a box in its place
+        figure.savefig(drawn, dpi=dpi)
     plt.close(figure)
     Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
 def plain(text: str, width: int = 40) -> str:
-    """Text from data as text: no TeX, no line longer than `width`."""
-    text = text.replace("$", r"\$")
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """Text from data as text: no TeX, no control character, no line longer than `width`."""
+    return shortened(one_line(text), width).replace("$", r"\$")

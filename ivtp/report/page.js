@@ -20,18 +20,20 @@ const bdi = (text) => make("bdi", { textContent: text });
 
 const answered = (row, sample) => rows[row].predictions[sample] >= 0;
 const said = (row, sample) => (answered(row, sample) ? texts[rows[row].predictions[sample]] : null);
+const failed = (row, sample) => texts[rows[row].failed[sample]];
 const right = (row, sample) => rows[row].right[sample] >= 0.5;
 const differ = (one, other, sample) =>
   answered(one, sample) && answered(other, sample) && rows[one].predictions[sample] !== rows[other].predictions[sample];
 
 const FILTERS = {
-  all: (s) => answered(state.a, s) || answered(state.b, s),
+  all: (s) => [state.a, state.b].some((row) => answered(row, s) || failed(row, s)),
   differ: (s) => differ(state.a, state.b, s),
   gained: (s) => right(state.a, s) && answered(state.b, s) && !right(state.b, s),
   lost: (s) => right(state.b, s) && answered(state.a, s) && !right(state.a, s),
   "flip-a": (s) => differ(state.a, 0, s),
   "flip-b": (s) => differ(state.b, 0, s),
   "none-a": (s) => right(state.a, s) && answered(0, s) && !right(0, s),
+  failed: (s) => failed(state.a, s) || failed(state.b, s),
 };
 
 function verdict(row, sample) {
@@ -103,8 +105,10 @@ function theme() {
   };
 }
 
-// Every cell of the row, under names without signs that Vega would read.
-const tooltip = data.heads.map((head, i) => ({ field: `c${i}`, type: "nominal", title: head || "method" }));
+// Every cell of the row, under names without signs that Vega would read. Vega-Lite writes titles into an expression and
+// escapes nothing but quotes.
+const literal = (text) => text.replace(/\\/g, "\\\\").replace(/\n/g, " ");
+const tooltip = data.heads.map((head, i) => ({ field: `c${i}`, type: "nominal", title: literal(head || "method") }));
 const cellsOf = (i) => Object.fromEntries(data.cells[i].map((cell, c) => [`c${c}`, cell]));
 const seriesNames = [...new Set(rows.map((row) => row.series))];
 const sectionNames = [...new Set(rows.map((row) => row.section))];
@@ -228,6 +232,7 @@ function panel(side) {
   for (const part of ["picture", "state", "said", "words"]) $(`${part}-${side}`).replaceChildren();
   if (!sample) return;
   answer(side, row);
+  if (failed(state[side], state.sample)) return;
   words(side, row);
   const lived = row.lived[state.sample];
   if (!("picture" in sample) || lived === undefined) {
@@ -272,7 +277,10 @@ function picture(id, sample, alive, before, label) {
 }
 
 function answer(side, row) {
-  if (!answered(state[side], state.sample)) return $(`said-${side}`).append("no answer recorded");
+  if (!answered(state[side], state.sample)) {
+    const reason = failed(state[side], state.sample);
+    return $(`said-${side}`).append(...(reason ? [make("strong", { textContent: "failed: " }), bdi(reason)] : ["no answer recorded"]));
+  }
   $(`said-${side}`).append("“", bdi(said(state[side], state.sample)), "” ", verdict(state[side], state.sample));
   const early = row.early[state.sample];
   if (early >= 0) $(`said-${side}`).append(make("br"), make("span", { className: "quiet" }, "after part 1: ", bdi(texts[early] || "–")));
@@ -319,6 +327,7 @@ function list() {
     const button = make("button", { type: "button" }, make("span", { className: "quiet", textContent: samples[s].family }), bdi(samples[s].question));
     const answers = make("span", {});
     for (const side of ["a", "b"]) {
+      if (failed(state[side], s)) answers.append(side === "b" ? " · " : "", `${side.toUpperCase()}: failed`);
       if (!answered(state[side], s)) continue;
       const good = right(state[side], s);
       answers.append(side === "b" ? " · " : "", `${side.toUpperCase()}: `, make("span", { className: good ? "right" : "wrong" }, bdi(said(state[side], s)), good ? " ✓" : " ✗"));

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ivtp import records
 from ivtp.evaluation.benchmarks import principal
-from ivtp.report.tables import cells, image_settings, notes
+from ivtp.report.tables import cells, families_of, image_settings, notes
+from ivtp.text import printable
 
 HERE = Path(__file__).parent
 SITES = {"vision": "ViT", "language": "LLM"}
@@ -30,16 +31,19 @@ def write_page(
     question: str = "",
     compare_to: str | None = None,
     others: Sequence[tuple] = (),
+    failed: dict[str, list[dict]] | None = None,
 ) -> Path:
     """Write `report.html` into `folder`; outcomes and comparisons are by label.
 
     others  further tables below the main one: (title, heads, lines) or (title, heads, lines, note)
+    failed  outcomes of samples without a result, by label
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     heads, lines = table(rows, comparisons)
     page = environment.get_template("page.html.j2").render(
@@ -50,7 +54,7 @@ def write_page(
         notes=notes(rows),
         others=[(*other, "") if len(other) == 3 else other for other in others],
         facts=facts(rows),
-        data=records.finite(payload(folder, rows, outcomes, heads, lines) | {"compare_to": compare_to}),
+        data=clean(payload(folder, rows, outcomes, heads, lines, failed or {}) | {"compare_to": compare_to}),
         css=(HERE / "page.css").read_text(encoding="utf-8"),
         js=(HERE / "page.js").read_text(encoding="utf-8"),
         vega=vega(),
@@ -58,6 +62,15 @@ def write_page(
     path = folder / "report.html"
     records.replace(path, page.encode(errors="replace"))
     return path
+
+
+def clean(value):
+    """The page's data without what a page cannot show: NaN, control characters, lone surrogates."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {clean(key): clean(each) for key, each in value.items()}
+    return [clean(each) for each in value] if isinstance(value, (list, tuple)) else records.finite(value)
 
 
 @cache
@@ -95,8 +108,10 @@ def facts(rows: list[dict]) -> dict[str, str]:
     data = {key: value for key, value in row["data"].items() if key != "hash" and value is not None}
     machine = row["machine"]
     commits = dict.fromkeys(str(r.get("git")) for r in rows)
+    failed = max(r["failed"]["n"] if r.get("failed") else 0 for r in rows)
     return {
         "questions": str(principal(row["metrics"])["n"]),
+        **({"failed samples": f"up to {failed} in a row of the table"} if failed else {}),
         "images": str(row["metrics"]["images"]),
         "data": ", ".join(f"{key} {value}" for key, value in data.items()),
         "data hash": str(row["data"].get("hash", "unknown")),
@@ -119,24 +134,35 @@ class Index(dict):
         return self.setdefault(value, len(self))
 
 
-def payload(folder: Path, rows: list[dict], outcomes: dict, heads: list[str], lines: list[list[str]]) -> dict:
+def payload(
+    folder: Path,
+    rows: list[dict],
+    outcomes: dict,
+    heads: list[str],
+    lines: list[list[str]],
+    failed: dict[str, list[dict]],
+) -> dict:
     """All that the page's script reads. Texts that repeat are stored once, and referred to by number."""
     texts, words = Index(), Index()
     stored = {sample["id"]: sample for sample in records.read(folder / "viewer" / "samples.jsonl")[0]}
-    samples = {o["id"]: o for row in rows for o in outcomes[row["label"]]}
+    samples = {o["id"]: o for row in rows for o in [*outcomes[row["label"]], *failed.get(row["label"], [])]}
     pictures = Index()
-    listed = []
+    listed, listed_at = [], {name: place for place, name in enumerate(samples)}
     for key, o in samples.items():
         picture = stored.get(key)
         shown = picture is not None and (folder / "viewer" / picture["picture"]).is_file()
         about = {name: o[name] for name in ("id", "image", "family", "question", "answer")}
         listed.append(about | ({"picture": pictures(picture["picture"]), "asked": picture["asked"]} if shown else {}))
     return {
-        "rows": [one(row, {o["id"]: o for o in outcomes[row["label"]]}, listed, texts, words) for row in rows],
+        "rows": [
+            one(row, {o["id"]: o for o in outcomes[row["label"]]}, listed, texts, words)
+            | {"failed": {listed_at[o["id"]]: texts(o["failed"]) for o in failed.get(row["label"], [])}}
+            for row in rows
+        ],
         "heads": heads,
         "cells": lines,
         "measure": rows[0]["metrics"]["score"]["name"] if "score" in rows[0]["metrics"] else "accuracy, %",
-        "families": [key.removeprefix("accuracy/") for key in rows[0]["metrics"] if key.startswith("accuracy/")],
+        "families": families_of(rows),
         "samples": listed,
         "pictures": [data_uri(folder / "viewer" / name) for name in pictures],
         "texts": list(texts),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
 
+from ivtp.console import PlainConsole
 from ivtp.evaluation.benchmarks import number, own, principal
 from ivtp.pruners.budget import asked
 from ivtp.report import paper
 from ivtp.report.claims import interval
+from ivtp.text import one_line
 
 
-def percent(metric: dict, errors: bool = True) -> str:
+def percent(metric: dict | None, errors: bool = True) -> str:
     """ "71.2 ± 1.0" of a metric with mean and standard error; "–" where there is nothing to average."""
-    if not metric["n"]:
+    if not metric or not metric["n"]:
         return "–"
     if metric.get("sd") is not None:
         return f"{100 * metric['mean']:.1f} ± {100 * metric['sd']:.1f} sd" if errors else f"{100 * metric['mean']:.1f}"
@@ -54,22 +57,30 @@ def share(value: float | None, whole: float | None, digits: int = 1) -> str:
     return f"{100 * value / whole:.{digits}f} %" if value is not None and whole else "–"
 
 
+def families_of(rows: list[dict]) -> list[str]:
+    """The families of questions of all rows; one whose questions all failed is missing in that row."""
+    names = dict.fromkeys(key for row in rows for key in row["metrics"])
+    return [name.removeprefix("accuracy/") for name in names if name.startswith("accuracy/")]
+
+
 def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str], Iterator[list[str]]]:
     """Column heads and rows, as text; `errors`: with the standard error in every column, not in the main one only."""
-    families = [key for key in rows[0]["metrics"] if key.startswith("accuracy/")]
+    families = [f"accuracy/{family}" for family in families_of(rows)]
     families = families if len(families) > 1 else []  # of one family the accuracy says it all
     against = list(comparisons[rows[0]["label"]])
     papers = any(row.get("paper") for row in rows)
     words = any(row.get("words") for row in rows)
+    failed = any(row.get("failed") for row in rows)
     heads = ["", "asked", "tokens", "average tokens", "GFLOPs", "of unpruned"]
     heads += [family.removeprefix("accuracy/") for family in families]
     metrics_of_task = own(rows[0]["metrics"])
-    top = ["top5"] if "top5" in rows[0]["metrics"] else []
+    top = ["top5"] if any("top5" in row["metrics"] for row in rows) else []
     heads += ["accuracy", *top, *(name.partition("/")[2] or name for name in metrics_of_task)]
     heads += ["of dense"] if metrics_of_task else []
     heads += [*(f"− {other}" for other in against), "agrees", "acc_early", "hit", "share"]
     heads += [
         "questions/s",
+        *(["failed"] if failed else []),
         *(["words", "no word"] if words else []),
         *(["paper: drop", "paper: cost"] if papers else []),
     ]
@@ -83,15 +94,18 @@ def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str],
             line = [row["label"], asked(row["budget"]) if cuts else "–", str(row["tokens"][-1])]
             line += [f"{row['average_tokens']:.4g}" if row.get("average_tokens") is not None else "–"]
             line += [f"{total * 1e3:.4g}", share(total, whole)]
-            line += [percent(metrics[family], errors) for family in families]
-            line += [percent(metrics["accuracy"]), *(percent(metrics[name], errors) for name in top)]
+            line += [percent(metrics.get(family), errors) for family in families]
+            line += [percent(metrics["accuracy"]), *(percent(metrics.get(name), errors) for name in top)]
             line += [number(metrics[name]) if name in metrics else "–" for name in metrics_of_task]
             line += [share(principal(metrics)["mean"], best)] if metrics_of_task else []
             for other in against:
                 line.append("" if other == row["label"] else compared(comparisons[row["label"]][other]))
-            line += [f"{100 * comparisons[row['label']][against[0]]['agreement']:.1f}"]
+            agreement = comparisons[row["label"]][against[0]]["agreement"]
+            line += ["–" if math.isnan(agreement) else f"{100 * agreement:.1f}"]
             line += [percent(metrics[key], errors) for key in ("acc_early", "hit", "share")]
             line += [rate(row)]
+            if failed:
+                line += [str(row["failed"]["n"]) if row.get("failed") else "0"]
             if words:
                 found = row.get("words")
                 line += [f"{found['passing']:.2f}", f"{100 * found['none']:.0f} %"] if found else ["–", "–"]
@@ -121,6 +135,11 @@ def notes(rows: list[dict]) -> str:
         if "score" in metrics
         else ""
     )
+    if any(row.get("failed") for row in rows):
+        about += (
+            "failed: samples without a result, left out of every number; where rows have other ones, only the paired "
+            "differences are about the same questions. "
+        )
     about += "top5: the right class is among the five likeliest. " if "top5" in metrics else ""
     about += "".join(f"{phrase[0].upper()}{phrase[1:]}. " for phrase in image_settings(rows))
     return about + (
@@ -150,9 +169,9 @@ def print_table(rows: list[dict], comparisons: dict, console: Console) -> None:
 def as_markdown(rows: list[dict], comparisons: dict) -> str:
     heads, body = cells(rows, comparisons, errors=True)
     lines = [
-        f"# {rows[0]['experiment']}",
+        f"# {escape(rows[0]['experiment'])}",
         "",
-        "| " + " | ".join(heads) + " |",
+        "| " + " | ".join(map(escape, heads)) + " |",
         "|---" + "|--:" * (len(heads) - 1) + "|",
     ]
     section = None
@@ -161,19 +180,26 @@ def as_markdown(rows: list[dict], comparisons: dict) -> str:
             lines.append(f"| *{escape(row['section'])}* |" + " |" * (len(heads) - 1))
         section = row["section"]
         lines.append("| " + " | ".join(escape(cell) for cell in line) + " |")
-    return "\n".join([*lines, "", notes(rows), ""])
+    return "\n".join([*lines, "", escape(notes(rows)), ""])
 
 
 def escape(text: str) -> str:
-    """A label cannot break out of its cell."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    """A text cannot break out of its cell, be taken for HTML or code, or load an image."""
+    text = one_line(text.replace("\n", " ")).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    return text.replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
 
 
 def markdown(title: str, heads: list[str], lines: list[list[str]], note: str = "") -> str:
     """Any other table, below the main one."""
     rows = ["| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines]
-    head = ["", f"## {title}", "", "| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-    return "\n".join([*head, *rows, *(["", note] if note else []), ""])
+    head = [
+        "",
+        f"## {escape(title)}",
+        "",
+        "| " + " | ".join(map(escape, heads)) + " |",
+        "|---" + "|--:" * (len(heads) - 1) + "|",
+    ]
+    return "\n".join([*head, *rows, *(["", escape(note)] if note else []), ""])
 
 
 def print_other(title: str, heads: list[str], lines: list[list[str]], console: Console, note: str = "") -> None:
@@ -189,5 +215,5 @@ def show(table: Table, console: Console) -> None:
     """Print a table; to a pipe, which has no width, as wide as it is, since wrapped cells cannot be read."""
     if not console.is_terminal:
         width = console.measure(table, options=console.options.update(width=1000)).maximum
-        console = Console(file=console.file, width=width)
+        console = PlainConsole(file=console.file, width=width)
     console.print(table)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ivtp import records
 from ivtp.data.batches import pictures
+from ivtp.data.failures import PREPARING, Failed, failure, read
 from ivtp.pruning.cost import Shape
 
 
@@ -30,10 +31,10 @@ def watched(data: Dataset, images: int) -> list[int]:
     known: set[str] = set()
     places = []
     for place in range(len(data)):
-        sample = data[place]
-        image = sample.get("image_id", sample["id"])
-        if len(pictures(sample)) != 1:
+        sample = read(data, place)
+        if isinstance(sample, Failed) or len(pictures(sample)) != 1:
             continue
+        image = sample.get("image_id", sample["id"])
         if image not in known and len(known) == images:
             break
         known.add(image)
@@ -49,11 +50,15 @@ def save(folder: Path, data: Dataset, processor, images: int) -> frozenset[str]:
         sample = data[place]
         image = sample.get("image_id", sample["id"])
         # Ids come from data: they may hold anything, so that files are called by their hash.
-        name = hashlib.sha256(image.encode(errors="replace")).hexdigest()[:16] + ".webp"
+        name = hashlib.sha256(image.encode(errors="backslashreplace")).hexdigest()[:16] + ".webp"
         if name not in written:
-            written.add(name)
             content = io.BytesIO()
-            as_seen(processor.image_processor, *pictures(sample)).save(content, "WEBP", quality=88, method=4)
+            try:
+                as_seen(processor.image_processor, *pictures(sample)).save(content, "WEBP", quality=88, method=4)
+            except Exception as error:
+                failure(sample, error, PREPARING)  # raises what is not the sample's own; the run records that
+                continue
+            written.add(name)
             records.replace(folder / "viewer" / name, content.getvalue())
         rows.append({"id": sample["id"], "picture": name, "asked": sample["patches"].nonzero()[:, 0].tolist()})
     lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ivtp.data.batches import pictures as images_of
+from ivtp.data.failures import Failed, answered, failures, read
 from ivtp.evaluation.statistics import compare
 from ivtp.report.figures import overlay
 from ivtp.report.viewer import as_seen
+from ivtp.text import one_line, printable
 
 CONFIG = (
     *("experiment", "label", "series", "section", "pruner", "budget", "position_ids", "cuts", "model", "data"),
@@ -35,6 +37,7 @@ def mode() -> str:
 
 def log_row(config, folder: Path, record: dict, outcomes: list[dict], unpruned: list[dict], data) -> None:
     """Log a finished row; everything that the client writes goes below `folder`."""
+    lost, outcomes, unpruned = failures(outcomes), answered(outcomes), answered(unpruned)
     # The pictures inside a table are staged in these folders until they are synced.
     os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").resolve()))
     os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb").resolve()))
@@ -44,7 +47,7 @@ def log_row(config, folder: Path, record: dict, outcomes: list[dict], unpruned: 
         project=config.logger.project,
         entity=config.logger.entity,
         group=record["experiment"],
-        name=record["label"],
+        name=one_line(record["label"]),
         id=f"{record['experiment']}-{record['key']}"[:64],
         tags=[record["pruner"]["name"], *([record["section"]] if record["section"] else [])],
         config={k: record[k] for k in CONFIG if k in record},
@@ -71,6 +74,7 @@ def log_row(config, folder: Path, record: dict, outcomes: list[dict], unpruned: 
             "samples": rows,
             "flips": flips,
             "cost": cost_table(record),
+            **({"failed": len(lost), "failures": failed_table(lost)} if lost else {}),
             **({"kept_tokens": pictures} if pictures else {}),
         }
     )
@@ -90,12 +94,20 @@ def scalars(prefix: str, comparison: dict) -> dict:
     return found
 
 
+def failed_table(lost: list[dict]):
+    """The samples without a result, and why."""
+    import wandb
+
+    columns = ["id", "family", "question", "cause", "failed"]
+    return wandb.Table(columns=columns, data=[[printable(outcome[name]) for name in columns] for outcome in lost])
+
+
 def cost_table(record: dict):
     """The row as points of the accuracy–cost plot: its accuracy against every part of its cost."""
     import wandb
 
     mean, error = (record["metrics"]["accuracy"][name] for name in ("mean", "se"))
-    rows = [[record["label"], part, value, mean, error] for part, value in record["tflops"].items()]
+    rows = [[one_line(record["label"]), part, value, mean, error] for part, value in record["tflops"].items()]
     return wandb.Table(columns=["label", "part", "tflops", "accuracy", "se"], data=rows)
 
 
@@ -110,22 +122,24 @@ def tables(record: dict, outcomes: list[dict], unpruned: list[dict], data, pictu
     flips = wandb.Table(columns=[*columns, "unpruned", "unpruned_correct", "flip"])
     images, grid = [], record.get("drawable", True)
     whole = all(isinstance(o["correct"], bool) for o in [*outcomes, *unpruned])  # a column has one type
-    samples = {data.data[i]["id"]: data.data[i] for i in range(min(pictures, len(data.data)))}
+    first = [read(data.data, i) for i in range(min(pictures, len(data.data)))]
+    samples = {sample["id"]: sample for sample in first if not isinstance(sample, Failed)}
     for outcome in outcomes:
         picture = None
         sample = samples.get(outcome["id"])
         if sample is not None and outcome["kept"] is not None and len(images_of(sample)) == 1 and grid:
             image = as_seen(data.collate.processor.image_processor, *images_of(sample))
             shown = np.asarray(image), outcome["kept"], record["tokens"][0], sample["patches"].numpy()
-            picture = wandb.Image(overlay(*shown), caption=f"{outcome['question']} {outcome['prediction']}")
+            picture = wandb.Image(overlay(*shown), caption=one_line(f"{outcome['question']} {outcome['prediction']}"))
             images.append(picture)
         other = before.get(outcome["id"], outcome)
         worth = [o["correct"] if whole or o["correct"] is None else float(o["correct"]) for o in (outcome, other)]
-        fields = [*(outcome[name] for name in columns[:-1]), worth[0]]
+        fields = [*(printable(outcome[name]) for name in columns[:-1]), worth[0]]
         flipped = other["prediction"] != outcome["prediction"]
-        rows.add_data(*fields, other["prediction"], flipped, outcome["early"], picture)
+        said, early = printable(other["prediction"]), outcome["early"] and printable(outcome["early"])
+        rows.add_data(*fields, said, flipped, early, picture)
         if flipped:
-            flips.add_data(*fields, other["prediction"], worth[1], flip(outcome, other))
+            flips.add_data(*fields, said, worth[1], flip(outcome, other))
     return rows, flips, images
 
 

@@ -24,6 +24,7 @@ HOSTILE = (
     "{{ 7 * 7 }} ${7*7} `x` \\u003c <!-- <b>bold</b>",
     "👩‍👩‍👧 is the ❤️ red ?",
     "ما لون الدائرة \u202e drawkcab ؟",
+    'first line\nsecond \\" + [window.pwned = 3] + "\\',
 )
 
 
