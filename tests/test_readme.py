@@ -13,6 +13,7 @@ from running import FIRST_RUN, README, ROOT, lines, run
 
 import ivtp
 from ivtp import bench, cost
+from ivtp.models import ASSETS
 
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [
@@ -46,7 +47,7 @@ def a_folder_of_questions(tmp_path: Path) -> Path:
 
 def a_llava(tmp_path: Path) -> Path:
     """Stands in for LLaVA-1.5's weights, which nobody has here: the embedded model with LLaVA's prompt."""
-    return ivtp.models.ASSETS / "tiny"
+    return ASSETS / "tiny"
 
 
 @pytest.fixture(scope="module")
