@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ivtp.backbones import ModelError
 from ivtp.backbones.clip_vit import sample_number
 from ivtp.backbones.pictures import Front, Layout, Picture
 from ivtp.backbones.trace import Trace, merged
@@ -67,7 +66,7 @@ def look_at(
     layout, stack = front.layout(kind), front.stack(kind)
     crops, plan = layout.crops, planner.image(layout.shape)
     if layout.joins is not None and (plan.vision is not None or plan.image is not None):
-        raise ModelError(
+        raise ValueError(  # of this image alone: a run goes on with the others
             f"an image of {kind[0]} × {kind[1]} pixels (height × width) is interpolated behind the tower, so that its patches "
             "cannot be cut inside it; limit its crops (max_crops=9 of ivtp.load_model, model.max_crops=9), make it smaller, "
             "or prune in the language model only"

@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from families import FAMILIES, TEXTS, family, llava_next, photo
 from rich.console import Console
-from running import by_label, one_line, run
+from running import by_label, one_line, outcomes, run
 
 import ivtp
 from ivtp.backbones import ModelError
@@ -137,6 +137,29 @@ def test_images_with_more_crops_than_the_limit_are_counted_before_the_run_and_re
         f"Images cut into at most 2 crops ({more} would have had more)."
         in (tmp_path / "out" / "run" / "table.md").read_text()
     )
+
+
+def test_an_image_that_the_model_blends_fails_alone(tmp_path):
+    """Without a limit of crops, a pruner of the tower cannot follow; the other samples and the unpruned row are as ever."""
+    start("llava_onevision", tmp_path, "data.limit=1", "model.max_crops=null")  # writes the checkpoint
+    for name in ("config.json", "processor_config.json"):
+        text = (tmp_path / "model" / name).read_text()
+        (tmp_path / "model" / name).write_text(text.replace("anyres_max_9", "anyres_max_2"))
+    arguments = [
+        "model=llava_onevision_7b",
+        f"model.source={tmp_path / 'model'}",
+        "model.max_crops=null",
+        "model.prompt=chat",
+    ]
+    arguments += ["model.image=[70,70]", "data=folder", f"data.path={tmp_path / 'data'}", "data.max_new_tokens=2"]
+    assert run(*arguments, "pruner=topk", "budget.ratio=0.4", "logger=none", output=tmp_path / "two", quick=False) == 0
+    records = by_label(tmp_path / "two" / "run")
+    assert records["unpruned"].get("failed") is None
+    (cause,) = records["topk"]["failed"]["causes"].items()
+    assert cause[0] == "cannot be answered" and 0 < cause[1] < 5
+    failed = [outcome for outcome in outcomes(tmp_path / "two" / "run", records["topk"]) if "failed" in outcome]
+    assert all("is interpolated behind the tower" in outcome["failed"] for outcome in failed)
+    assert {outcome["id"] for outcome in failed} <= {"0", "2", "3"}  # 2 × 2 crops
 
 
 def test_images_that_are_opened_later_are_counted_with_the_results():

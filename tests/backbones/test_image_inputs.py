@@ -182,7 +182,7 @@ def test_with_few_enough_crops_no_image_is_blended_and_every_tower_pruner_works(
     model, processor, token = llava_onevision(limit=1)
     large = photo(70, 70)
     prompt = {"images": [large], "text": [token + TEXTS[0]], "return_tensors": "pt"}
-    with pytest.raises(ModelError) as error, ivtp.prune(model, "topk", keep=11):
+    with pytest.raises(ValueError) as error, ivtp.prune(model, "topk", keep=11):
         model(**processor(**prompt))
     assert "image of 70 × 70 pixels" in str(error.value) and "max_crops=9 of ivtp.load_model" in str(error.value)
     assert "\n" not in str(error.value)
