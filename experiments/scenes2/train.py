@@ -1,0 +1,63 @@
+"""Train the model for scenes2: `python -m experiments.scenes2.train`. Continues where it was stopped; see README.md."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from experiments.scenes2 import cache, models, stage_a
+from experiments.tiny_vlm import loop
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/scenes2"), help="data, checkpoints and logs")
+    parser.add_argument("--size", type=int, choices=tuple(models.SIDES), default=324, help="patches of an image")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="single-threaded processes; one where there is a GPU")
+    parser.add_argument("--shards", type=int, default=40, help="of 1000 training scenes each")
+    parser.add_argument("--steps-a", type=int, default=2400)
+    parser.add_argument("--batch-a", type=int, default=64, help="scenes")
+    parser.add_argument("--rate-a", type=float, default=2e-3)
+    parser.add_argument("--dense", type=float, default=1.0, help="initial weight of the dense label")
+    parser.add_argument("--steps-b", type=int, default=1500)
+    parser.add_argument("--batch-b", type=int, default=16, help="scenes, of 20 questions each")
+    parser.add_argument("--rate-b", type=float, default=2e-3)
+    parser.add_argument("--blind-steps", type=int, default=300, help="of the blind baseline")
+    parser.add_argument("--drop", action="store_true", help="ablation: drop patches at random in training")
+    parser.add_argument("--log-every", type=int, default=20)
+    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--check-every", type=int, default=200)
+    parser.add_argument("--until", choices=("a", "features", "b", "blind"), default="blind", help="last thing to do")
+    return parser.parse_args(arguments)
+
+
+def fill(o: argparse.Namespace) -> list[subprocess.Popen]:
+    """Start a process that draws the scenes; training begins with the first thousand."""
+    side, running = str(models.SIDES[o.size]), []
+    for split, shards in (("validation", 1), ("train", o.shards)):
+        if len(cache.ready(o.folder, split, o.seed, int(side))) < shards:
+            command = [sys.executable, "-m", "experiments.scenes2.cache", "--folder", str(o.folder), "--split", split]
+            command += ["--seed", str(o.seed), "--side", side, "--shards", str(shards)]
+            running.append(subprocess.Popen(command))
+    return running
+
+
+def main() -> None:
+    o = options()
+    if torch.cuda.is_available():
+        o.workers = 1
+    o.folder.mkdir(parents=True, exist_ok=True)
+    fillers = fill(o)
+    try:
+        if not (o.folder / "stage_a_done.pt").exists():
+            loop.launch(stage_a.train, o.folder, o, workers=o.workers)
+    finally:
+        for filler in fillers:
+            filler.terminate()
+
+
+if __name__ == "__main__":
+    main()
