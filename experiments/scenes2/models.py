@@ -21,7 +21,7 @@ from transformers import (
 from ivtp.data.scenes2.assets import FOLDER
 
 LOW = torch.bfloat16
-WIDTH, HEADS, HEAD = 192, 6, 32
+WIDTH, HEADS, HEAD = 192, 3, 64
 VISION_LAYERS, VISION_FEED = 13, 480
 LANGUAGE_LAYERS, LANGUAGE_FEED = 12, 320
 TEXT_LAYERS, TEXT_WIDTH, JOINT = 3, 128, 128
@@ -57,7 +57,7 @@ def text_config(tokenizer) -> CLIPTextConfig:
         intermediate_size=2 * TEXT_WIDTH,
         projection_dim=JOINT,
         num_hidden_layers=TEXT_LAYERS,
-        num_attention_heads=4,
+        num_attention_heads=2,
         max_position_embeddings=77,
         hidden_act="gelu",
         bos_token_id=tokenizer.bos_token_id,
