@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.scenes2 import cache, models, stage_a
+from experiments.scenes2 import cache, models, stage_a, stage_b
 from experiments.tiny_vlm import loop
 
 
@@ -30,6 +30,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--save-every", type=int, default=50)
     parser.add_argument("--check-every", type=int, default=200)
+    parser.add_argument("--check-scenes", type=int, default=300, help="validation scenes, of 8 questions each")
+    parser.add_argument("--feature-shards", type=int, default=20, help="training shards of stage B")
     parser.add_argument("--until", choices=("a", "features", "b", "blind"), default="blind", help="last thing to do")
     return parser.parse_args(arguments)
 
@@ -54,9 +56,23 @@ def main() -> None:
     try:
         if not (o.folder / "stage_a_done.pt").exists():
             loop.launch(stage_a.train, o.folder, o, workers=o.workers)
+        if o.until == "a":
+            return
+        side = models.SIDES[o.size]
+        paths = cache.wait(o.folder, "train", o.seed, side, min(o.feature_shards, o.shards))[: o.feature_shards]
+        paths += cache.wait(o.folder, "validation", o.seed, side)[:1]
     finally:
         for filler in fillers:
             filler.terminate()
+    loop.launch(stage_b.compute_features, o.folder, paths, o.size, workers=o.workers)
+    if o.until == "features":
+        return
+    if not (o.folder / "stage_b_done.pt").exists():
+        loop.launch(stage_b.train, o.folder, o, workers=o.workers)
+    if o.until == "b":
+        return
+    if not (o.folder / "blind_done.pt").exists():
+        loop.launch(stage_b.train, o.folder, o, True, workers=o.workers)
 
 
 if __name__ == "__main__":
