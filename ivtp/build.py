@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -123,6 +124,13 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
             data = Scenes(c.split, c.scenes, c.seed)
         except ValueError as error:
             raise UserError(f"data: {error}") from error
+    elif c.name == "scenes2":
+        from ivtp.data.scenes2 import Scenes2
+
+        try:
+            data = Scenes2(c.split, c.scenes, c.seed, c.size, square_grid(shape))
+        except ValueError as error:
+            raise UserError(f"data: {error}") from error
     elif c.name == "folder":
         from ivtp.data.questions import Questions
 
@@ -135,11 +143,19 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
         data = LmmsTask(name, shape.patches, chat=config.model.prompt == CHAT, **asked)
     else:
         raise UserError(
-            f"data={c.name} asks nothing, but this model answers questions: data=scenes, folder, lmms; labelled images are "
+            f"data={c.name} asks nothing, but this model answers questions: data=scenes, scenes2, folder, lmms; labelled images are "
             "for encoders (model=tiny_clip, deit_small, …)"
         )
     collate, sort = Collate(processor, config.model.prompt), config.trainer.sort
     return QuestionData(data, collate, batch_size, c.limit, sort, shape.by_image)
+
+
+def square_grid(shape: Shape) -> int:
+    """Patches on a side of the square that a tower cuts an image into."""
+    side = isqrt(shape.patches)
+    if side == 0 or side * side != shape.patches:
+        raise UserError(f"data=scenes2 needs a model that cuts its images into a square of patches, not {shape.patches}")
+    return side
 
 
 def prompt_of(config: DictConfig) -> str:

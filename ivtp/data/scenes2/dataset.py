@@ -55,16 +55,17 @@ class Scenes2(Dataset):
         scenes: how many scenes; the data set is eight times as long.
         seed: of the scenes and of the questions.
         size: side of the pictures in pixels, 144 or 192.
+        grid: patches on a side of the model that reads them; by default those of 8 pixels.
     """
 
-    def __init__(self, split: str = "test", scenes: int = 400, seed: int = 0, size: int = 144):
+    def __init__(self, split: str = "test", scenes: int = 400, seed: int = 0, size: int = 144, grid: int | None = None):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if size not in SIDES:
             raise ValueError(f"size must be one of {', '.join(map(str, SIDES))}, got {size!r}")
         if scenes < 1:
             raise ValueError(f"scenes must be at least 1, got {scenes!r}")
-        self.split, self.scenes, self.seed, self.size = split, scenes, seed, size
+        self.split, self.scenes, self.seed, self.size, self.grid = split, scenes, seed, size, grid or size // PATCH
         self._made: OrderedDict[int, tuple[Scene, list[Question]]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -83,7 +84,6 @@ class Scenes2(Dataset):
         index, which = divmod(item, len(FAMILIES))
         scene, questions = self.scene(index)
         question = questions[which]
-        patches = question.patches if len(question.patches) else np.zeros((self.size // PATCH) ** 2, bool)
         return {
             "id": f"{self.split}-{index:05d}-{question.family}",
             "image_id": f"{self.split}-{index:05d}",
@@ -91,7 +91,7 @@ class Scenes2(Dataset):
             "question": question.text,
             "answer": question.answer,
             "family": question.family,
-            "patches": torch.from_numpy(patches),
+            "patches": torch.from_numpy(scene.patches(question.targets, self.grid)),
             "size": question.size,
             "salience": question.salience,
             "negatives": question.negatives,

@@ -13,7 +13,7 @@ PATCH = 8
 VISIBLE = 0.8
 """Share of an object's pixels that others leave uncovered, at least."""
 _TRIES = 40
-_LEAST_PIXELS = 4  # of an object in a patch, for the patch to count as showing it
+_LEAST_SHARE = 1 / 16  # of a patch that an object fills, for the patch to count as showing it
 _UPRIGHT = frozenset({"stop sign", "calendar", "keyboard", "dice", "stopwatch", "pool ball", "slot machine", "ruler"})
 # Hue (of 255), saturation and brightness that a tint takes: fixed part and the share of the sprite's own.
 _TINTS = {
@@ -70,6 +70,12 @@ class Scene:
     place: Place
     theme: str
     owner: np.ndarray = field(repr=False)
+
+    def patches(self, targets: tuple["Thing | Sign", ...], grid: int) -> np.ndarray:
+        """Patches of a grid of any size that show one of the targets."""
+        shown = coverage(self.owner, len(self.signs) + len(self.things), grid)
+        places = {id(target): i for i, target in enumerate((*self.signs, *self.things))}
+        return shown[[places[id(target)] for target in targets]].any(0)
 
 
 def background(layout: Layout, size: int) -> Image.Image:
@@ -128,6 +134,14 @@ def _shadow(canvas: Image.Image, image: Image.Image, x: int, y: int) -> None:
     canvas.paste((0, 0, 0), (x - 3, y - 2), alpha.filter(ImageFilter.BoxBlur(2)))
 
 
+def coverage(owner: np.ndarray, count: int, grid: int) -> np.ndarray:
+    """Which patches of a grid show each sign and thing: (count, grid * grid), in the order of `owner`."""
+    cell = np.arange(len(owner)) * grid // len(owner)
+    cells = cell[:, None] * grid + cell
+    pixels = np.bincount(((owner + 1) * grid**2 + cells).ravel(), minlength=(count + 1) * grid**2)
+    return pixels.reshape(count + 1, -1)[1:] >= max(1, _LEAST_SHARE * owner.size / grid**2)
+
+
 class _Board:
     """Who owns which pixel, while things are put on a picture."""
 
@@ -181,20 +195,17 @@ def draw(layout: Layout, rng: np.random.Generator, size: int) -> Scene | None:
             shown.append((draft, spot, image))
     if len(shown) < len(layout.objects) - 1:
         return None
-    grid, count = size // PATCH, len(board.areas)
-    cells = (np.arange(size) // PATCH)[:, None] * grid + np.arange(size) // PATCH
-    pixels = np.bincount(((board.owner + 1) * grid**2 + cells).ravel(), minlength=(count + 1) * grid**2)
-    pixels = pixels.reshape(count + 1, -1)[1:]
-    patches, visible = pixels >= _LEAST_PIXELS, pixels.sum(1)
+    patches = coverage(board.owner, len(board.areas), size // PATCH)
+    visible = board.left
     first = len(signs)
     centers = [(x + image.width / 2, y + image.height / 2) for _, (x, y), image in shown]
     salience = [
-        float(visible[first + i]) / (SIDES[size] ** 2) * (1.3 - np.hypot(x / size - 0.5, y / size - 0.5))
+        visible[first + i] / SIDES[size] ** 2 * (1.3 - np.hypot(x / size - 0.5, y / size - 0.5))
         for i, (x, y) in enumerate(centers)
     ]
     ranks = np.argsort(np.argsort([-s for s in salience], kind="stable"), kind="stable").tolist()
     things = tuple(
-        Thing(draft, *center, float(visible[first + i] / board.areas[first + i]), salience[i], ranks[i], patches[first + i])
+        Thing(draft, *center, visible[first + i] / board.areas[first + i], salience[i], ranks[i], patches[first + i])
         for i, ((draft, _, _), center) in enumerate(zip(shown, centers, strict=True))
     )
     placed = tuple(

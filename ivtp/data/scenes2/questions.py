@@ -34,7 +34,6 @@ class Question:
     targets: tuple[Thing | Sign, ...]
     terms: tuple[str, ...] = ()
     negatives: str = ""
-    patches: np.ndarray = field(init=False, repr=False, compare=False)
     size: str = field(init=False)
     salience: str = field(init=False)
 
@@ -44,8 +43,6 @@ class Question:
         object.__setattr__(self, "size", tiers[0] if tiers else "")
         low = any(t.rank >= SALIENT for t in things)
         object.__setattr__(self, "salience", ("low" if low else "high") if things else "")
-        shown = [t.patches for t in self.targets]
-        object.__setattr__(self, "patches", np.any(shown, axis=0) if shown else np.zeros(0, bool))
 
 
 class Asker:
