@@ -143,8 +143,8 @@ def build_data(config: DictConfig, processor, shape: Shape, batch_size: int) -> 
         data = LmmsTask(name, shape.patches, chat=config.model.prompt == CHAT, **asked)
     else:
         raise UserError(
-            f"data={c.name} asks nothing, but this model answers questions: data=scenes, scenes2, folder, lmms; labelled images are "
-            "for encoders (model=tiny_clip, deit_small, …)"
+            f"data={c.name} asks nothing, but this model answers questions: data=scenes, scenes2, folder, lmms; labelled "
+            "images are for encoders (model=tiny_clip, deit_small, …)"
         )
     collate, sort = Collate(processor, config.model.prompt), config.trainer.sort
     return QuestionData(data, collate, batch_size, c.limit, sort, shape.by_image)
@@ -154,7 +154,9 @@ def square_grid(shape: Shape) -> int:
     """Patches on a side of the square that a tower cuts an image into."""
     side = isqrt(shape.patches)
     if side == 0 or side * side != shape.patches:
-        raise UserError(f"data=scenes2 needs a model that cuts its images into a square of patches, not {shape.patches}")
+        raise UserError(
+            f"data=scenes2 needs a model that cuts its images into a square of patches, not {shape.patches}"
+        )
     return side
 
 

@@ -11,10 +11,9 @@ import numpy as np
 
 from ivtp.data.scenes2 import Scene, make_scene
 from ivtp.data.scenes2.assets import concepts, places
-
 from ivtp.data.scenes2.words import COLORS, NUMBERS, PRICES, SIGN_COLORS, SIGN_WORDS
 
-SHARD = 1000
+SHARD = 1000  # scenes, by default
 MOST, SIGNS = 14, 3
 MIX = {"exist": 3, "attribute": 2, "name": 3, "spatial": 4, "count": 3, "text": 2, "place": 1, "logic": 2}
 """Questions per training scene; other splits have one of each family, as the data set."""
@@ -44,18 +43,27 @@ def describe(scene: Scene) -> dict[str, np.ndarray]:
     }
 
 
-def make_shard(folder: Path, split: str, number: int, seed: int, size: int) -> None:
+def make_shard(folder: Path, split: str, number: int, seed: int, size: int, scenes: int = SHARD) -> None:
     """Write one shard: arrays and the questions of its scenes."""
     part = folder / f"{number:04d}.part{os.getpid()}"
     part.mkdir(parents=True, exist_ok=True)
     rows, asked = [], []
-    for index in range(number * SHARD, (number + 1) * SHARD):
+    for index in range(number * scenes, (number + 1) * scenes):
         scene, questions = make_scene(split, index, seed, size, MIX if split == "train" else None)
         rows.append(describe(scene))
         where = {id(t): i for i, t in enumerate(scene.things)} | {id(s): MOST + i for i, s in enumerate(scene.signs)}
         asked.append(
             [
-                (q.family, q.text, q.answer, q.terms, [where[id(t)] for t in q.targets], q.size, q.salience, q.negatives)
+                (
+                    q.family,
+                    q.text,
+                    q.answer,
+                    q.terms,
+                    [where[id(t)] for t in q.targets],
+                    q.size,
+                    q.salience,
+                    q.negatives,
+                )
                 for q in questions
             ]
         )
@@ -91,6 +99,9 @@ class Shard:
             setattr(self, name, np.load(path / f"{name}.npy", mmap_mode="r"))
         self._questions: list | None = None
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     @property
     def questions(self) -> list:
         """Per scene: family, text, answer, terms, targets, size, salience, negatives of every question."""
@@ -117,16 +128,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", type=int, default=144)
     parser.add_argument("--shards", type=int, default=40)
-    parser.add_argument("--every", type=int, default=1, help="with --first: share the shards among processes")
-    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=SHARD, help="of a shard")
     options = parser.parse_args()
     target = root(options.folder, options.split, options.seed, options.side)
-    for number in range(options.first, options.shards, options.every):
+    for number in range(options.shards):
         if not (target / f"{number:04d}").exists():
-            make_shard(target, options.split, number, options.seed, options.side)
+            make_shard(target, options.split, number, options.seed, options.side, options.scenes)
             print(f"{target.name}: shard {number}", flush=True)
 
 
 if __name__ == "__main__":
     main()
-

@@ -103,8 +103,9 @@ def mentions(things: np.ndarray, signs: np.ndarray, row: int, rng: np.random.Gen
         term = str(rng.choice(wide if wide and rng.random() < 0.12 else own))
         color = words.COLORS[tint] if tint >= 0 and rng.random() < 0.6 else ""
         said = f"{color} {words.singular(term)}".strip()
-        article = "some" if term in words.MASS or term in words.PLURAL else "an" if said[0] in "aeiou" else "a"
-        chosen.append(((f"{color}|{term}",), f"{article} {said}"))
+        chosen.append(
+            ((f"{color}|{term}",), words.indefinite(term) if not color else f"{_article(term, color)} {said}")
+        )
     if rng.random() < 0.3:
         color, text = signs[rng.integers((signs[:, 0] >= 0).sum())].tolist()
         paint = list(words.SIGN_COLORS)[color]
@@ -114,6 +115,10 @@ def mentions(things: np.ndarray, signs: np.ndarray, row: int, rng: np.random.Gen
         place = cache.place_names()[row]
         chosen.append(((f"place|{place}",), f"in {'an' if place[0] in 'aeiou' else 'a'} {place}"))
     return chosen
+
+
+def _article(term: str, color: str) -> str:
+    return "some" if term in words.MASS or term in words.PLURAL else "an" if color == "orange" else "a"
 
 
 def facts(things: np.ndarray, signs: np.ndarray, row: int) -> set[str]:
@@ -147,7 +152,7 @@ class Batches:
         rng = self.rng
         shard = shard or self.shards[rng.integers(len(self.shards))]
         if index is None:
-            index = np.sort(rng.choice(cache.SHARD, self.size, replace=False))
+            index = np.sort(rng.choice(len(shard), self.size, replace=False))
         things, signs, rows = shard.things[index], shard.signs[index], shard.places[index]
         said = [mentions(*scene, rng) for scene in zip(things, signs, rows, strict=True)]
         known = [facts(*scene) for scene in zip(things, signs, rows, strict=True)]
@@ -157,13 +162,17 @@ class Batches:
         texts, terms = list(captions), [[] for _ in captions]
         for _ in range(self.texts):  # questions about these and other scenes, and bare words
             if rng.random() < 0.5:
-                questions = shard.questions[int(rng.choice(index)) if rng.random() < 0.6 else int(rng.integers(cache.SHARD))]
+                questions = shard.questions[
+                    int(rng.choice(index)) if rng.random() < 0.6 else int(rng.integers(len(shard)))
+                ]
                 question = questions[rng.integers(len(questions))]
                 texts.append(question[1])
                 terms.append([_SINGULAR.get(t, t) for t in question[3]])
             else:
                 present = things[rng.integers(len(index))]
-                name = NAMES[rng.choice(present[present[:, 0] >= 0, 0])] if rng.random() < 0.6 else str(rng.choice(NAMES))
+                name = (
+                    NAMES[rng.choice(present[present[:, 0] >= 0, 0])] if rng.random() < 0.6 else str(rng.choice(NAMES))
+                )
                 term = str(rng.choice(words.terms_of(name)))
                 texts.append(f"{words.indefinite(term)}" if rng.random() < 0.5 else words.singular(term))
                 terms.append([term])
@@ -281,6 +290,7 @@ def evaluate(model: models.Joint, shard: cache.Shard, tokenizer, scenes: int = 2
         entry[1] += value.numel()
 
     model.eval()
+    scenes = min(scenes, len(shard))
     for start in range(0, scenes, 64):
         batch = batches(shard, np.arange(start, min(start + 64, scenes)))
         n = len(batch["images"])
@@ -386,7 +396,7 @@ def train(rank: int, workers: int, folder: Path, options) -> None:
             if dist.is_initialized():
                 dist.barrier()
         if rank == 0 and ((step + 1) % options.check_every == 0 or last):
-            some = held_out.images[:64], held_out.patches(np.arange(64)).any(1)
+            some = held_out.images[:64], held_out.patches(np.arange(min(64, len(held_out)))).any(1)
             log(step=step + 1, held_out=True, **evaluate(model, held_out, tokenizer))
             log(step=step + 1, cls=attention_statistics(model.vision, *some))
     if rank == 0:

@@ -18,7 +18,6 @@ from experiments.tiny_vlm import loop
 from ivtp.data.scenes2.questions import FAMILIES
 
 DROP, ODDS = (1.0, 1 / 3, 1 / 9), (0.45, 0.25, 0.3)
-PER_SCENE = 20
 
 
 def load_joint(path: Path, patches: int) -> models.Joint:
@@ -106,7 +105,9 @@ def hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return ((logits.argmax(-1) == targets) | (targets < 0)).all(-1)
 
 
-def tokens_kept(count: int, wanted: np.ndarray | None, rng: np.random.Generator, patches: int, scenes: int) -> np.ndarray:
+def tokens_kept(
+    count: int, wanted: np.ndarray | None, rng: np.random.Generator, patches: int, scenes: int
+) -> np.ndarray:
     """Indices (scenes, count) of the tokens that stay: those of `wanted` (scenes, patches) first, then chance."""
     order = rng.random((scenes, patches))
     if wanted is not None:
@@ -128,7 +129,7 @@ def evaluate(llava, shard: cache.Shard, encoder: Encoder, scenes: int, mode: str
         extra: also accuracy after part 1 (first piece), and by size and salience of the targets.
     """
     patches = (shard.images.shape[1] // models.PATCH) ** 2
-    right: dict[str, list[float]] = {}
+    scenes, right = min(scenes, len(shard)), {}
     rng = np.random.default_rng(1)
 
     def add(name: str, value: float) -> None:
@@ -216,7 +217,8 @@ def train(rank: int, workers: int, folder: Path, options, blind: bool = False) -
     sums: dict[str, float] = {}
     for step in range(first, steps):
         which = rng.integers(len(shards))
-        shard, index = shards[which], np.sort(rng.choice(cache.SHARD, size, replace=False))
+        shard = shards[which]
+        index = np.sort(rng.choice(len(shard), size, replace=False))
         groups = [shard.questions[i] for i in index]
         ids, valid, targets = encoder(groups)
         seen = kept = None
@@ -260,5 +262,3 @@ def train(rank: int, workers: int, folder: Path, options, blind: bool = False) -
             dist.barrier()
     if rank == 0:
         loop.save(folder / f"{name}_done.pt", {"model": llava.state_dict()})
-
-

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.scenes2 import cache, models, stage_a, stage_b
+from experiments.scenes2 import cache, export, models, stage_a, stage_b
 from experiments.tiny_vlm import loop
 
 
@@ -17,7 +17,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, choices=tuple(models.SIDES), default=324, help="patches of an image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes; one where there is a GPU")
-    parser.add_argument("--shards", type=int, default=40, help="of 1000 training scenes each")
+    parser.add_argument("--shards", type=int, default=40, help="of training scenes")
+    parser.add_argument("--shard-scenes", type=int, default=cache.SHARD, help="scenes of a shard")
     parser.add_argument("--steps-a", type=int, default=2400)
     parser.add_argument("--batch-a", type=int, default=64, help="scenes")
     parser.add_argument("--rate-a", type=float, default=2e-3)
@@ -32,7 +33,10 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check-every", type=int, default=200)
     parser.add_argument("--check-scenes", type=int, default=300, help="validation scenes, of 8 questions each")
     parser.add_argument("--feature-shards", type=int, default=20, help="training shards of stage B")
-    parser.add_argument("--until", choices=("a", "features", "b", "blind"), default="blind", help="last thing to do")
+    parser.add_argument("--target", type=Path, help="where the model is written; by default FOLDER/model")
+    parser.add_argument(
+        "--until", choices=("a", "features", "b", "blind", "export"), default="export", help="last thing to do"
+    )
     return parser.parse_args(arguments)
 
 
@@ -42,13 +46,14 @@ def fill(o: argparse.Namespace) -> list[subprocess.Popen]:
     for split, shards in (("validation", 1), ("train", o.shards)):
         if len(cache.ready(o.folder, split, o.seed, int(side))) < shards:
             command = [sys.executable, "-m", "experiments.scenes2.cache", "--folder", str(o.folder), "--split", split]
-            command += ["--seed", str(o.seed), "--side", side, "--shards", str(shards)]
+            command += ["--seed", str(o.seed), "--side", side, "--shards", str(shards), "--scenes", str(o.shard_scenes)]
             running.append(subprocess.Popen(command))
     return running
 
 
 def main() -> None:
     o = options()
+    o.target = o.target or o.folder / "model"
     if torch.cuda.is_available():
         o.workers = 1
     o.folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,9 @@ def main() -> None:
         return
     if not (o.folder / "blind_done.pt").exists():
         loop.launch(stage_b.train, o.folder, o, True, workers=o.workers)
+    if o.until == "blind":
+        return
+    export.write(o.folder, o.target, o.size)
 
 
 if __name__ == "__main__":

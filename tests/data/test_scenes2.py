@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from ivtp.data.scenes2 import FAMILIES, SPLITS, Scenes2, assets, data_hash, make_questions, make_scene, words
 from ivtp.data.scenes2.drawing import VISIBLE, coverage
 from ivtp.data.scenes2.layout import TIERS, compose, drawable
+from ivtp.data.scenes2.lookalikes import LOOKALIKES
 
-TEST_HASH = "to be set"
+TEST_HASH = "32e6b02f5e9dd1b9fff22fd9d8dfbfd8c66d1019a50ba5a74863d04f9eafd6d9"
 MANY = 60
 MIX = dict.fromkeys(FAMILIES, 4)
 INDEX = json.loads((assets.FOLDER / "index.json").read_text(encoding="utf-8"))
@@ -85,7 +86,9 @@ class Reader:
         """How far a thing lies on a side of another one, or of the middle, in shares of the picture."""
         x, y = self.centers[id(thing)]
         a, b = self.centers[id(other)] if other else (self.side / 2, self.side / 2)
-        return {"left": a - x, "right": x - a, "above": b - y, "top": b - y, "below": y - b, "bottom": y - b}[side] / self.side
+        return {"left": a - x, "right": x - a, "above": b - y, "top": b - y, "below": y - b, "bottom": y - b}[
+            side
+        ] / self.side
 
     def spatial(self, text: str):
         if choice := re.fullmatch(r"(?:is|are) the (.+) (left|above) or (right|below) (?:of )?the (.+) \?", text):
@@ -121,7 +124,11 @@ class Reader:
 
     def logic(self, text: str):
         body = re.fullmatch(r"(?:is|are) there (.+) \?", text)[1]
-        for link, holds in ((" but no ", lambda a, b: a and not b), (" and ", lambda a, b: a and b), (" or ", lambda a, b: a or b)):
+        for link, holds in (
+            (" but no ", lambda a, b: a and not b),
+            (" and ", lambda a, b: a and b),
+            (" or ", lambda a, b: a or b),
+        ):
             for match in re.finditer(link, body):
                 first, second = body[: match.start()], body[match.end() :]
                 if _covered(first) and _covered(second):
@@ -173,7 +180,7 @@ def test_a_tint_is_the_color_of_the_pixels():
     centers = {"red": 0, "orange": 17, "yellow": 38, "green": 86, "blue": 156, "purple": 196, "pink": 231}
     checked = collections.Counter()
     for i in range(40):
-        scene, _ in make_scene("validation", i)
+        scene, _ = make_scene("validation", i)
         for j, thing in enumerate(scene.things):
             pixels = scene.image[scene.owner == len(scene.signs) + j].astype(float)
             h, _, _ = hue(np.median(pixels, 0).round())
@@ -216,7 +223,15 @@ def test_answers_are_balanced(made):
         for q in questions:
             counts[q.family][q.answer] += 1
     share = {family: max(c.values()) / sum(c.values()) for family, c in counts.items()}
-    limits = {"exist": 0.57, "attribute": 0.22, "name": 0.08, "spatial": 0.27, "count": 0.32, "text": 0.1, "logic": 0.57}
+    limits = {
+        "exist": 0.57,
+        "attribute": 0.22,
+        "name": 0.08,
+        "spatial": 0.27,
+        "count": 0.32,
+        "text": 0.1,
+        "logic": 0.57,
+    }
     assert all(share[family] <= limit for family, limit in limits.items()), share
     assert set(counts["exist"]) == set(counts["logic"]) == {"yes", "no"}
     assert set(counts["count"]) == {"0", "1", "2", "3", "4"}
@@ -265,7 +280,9 @@ def test_splits_are_apart():
     for split, sheets in (("style", {"twemoji"}), ("wild", {"wild"})):
         used = {d.sheet for i in range(8) for d in compose(np.random.default_rng(i), split, 144).objects}
         assert used == sheets
-    assert not any(s in ("twemoji", "wild") for name in ROWS for split in ("train", "test") for s, _ in assets.views(name, split))
+    assert not any(
+        s in ("twemoji", "wild") for name in ROWS for split in ("train", "test") for s, _ in assets.views(name, split)
+    )
 
 
 def test_directions_of_the_splits_are_apart():
@@ -276,8 +293,14 @@ def test_directions_of_the_splits_are_apart():
             if layout.place.split == "train":
                 start, _, view, _ = layout.look
                 ends.setdefault(split, []).append((start, start + view))
-    low, high = ({s: f(e) for s, e in ends.items()} for f in (lambda e: min(a for a, _ in e), lambda e: max(b for _, b in e)))
-    assert high["train"] <= low["validation"] + 1e-9 and high["validation"] <= low["test"] + 1e-9 and high["test"] <= 1 + 1e-9
+    low, high = (
+        {s: f(e) for s, e in ends.items()} for f in (lambda e: min(a for a, _ in e), lambda e: max(b for _, b in e))
+    )
+    assert (
+        high["train"] <= low["validation"] + 1e-9
+        and high["validation"] <= low["test"] + 1e-9
+        and high["test"] <= 1 + 1e-9
+    )
 
 
 def test_terms_mean_one_thing():
@@ -288,7 +311,7 @@ def test_terms_mean_one_thing():
             owners[term].add(row["name"])
     assert not {term: names for term, names in owners.items() if len(names) > 1}
     assert not set(owners) & {h for row in ROWS.values() for h in row["hypernyms"]} - {"bush"}
-    assert not {name for group in words.CONFUSABLE for name in group} - set(ROWS)
+    assert not {name for group in LOOKALIKES for name in group} - set(ROWS)
     assert not (words.PLURAL | words.MASS) - set(owners)
     assert not set(owners) & set(words.COLORS)
 
@@ -321,7 +344,9 @@ def test_assets_are_small_and_credited():
         credits = list(csv.DictReader(file))
     told = {(row["sheet"], int(row["cell"])): row for row in credits}
     assert len(told) == len(credits)
-    used = {(sheet, cell): name for name, row in ROWS.items() for sheet, cells in row["views"].items() for cell in cells}
+    used = {
+        (sheet, cell): name for name, row in ROWS.items() for sheet, cells in row["views"].items() for cell in cells
+    }
     used |= {("panoramas", i): place["place"] for i, place in enumerate(INDEX["places"])}
     assert set(used) <= set(told)
     assert all(told[key]["shows"] == name for key, name in used.items())

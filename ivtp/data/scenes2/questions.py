@@ -74,14 +74,16 @@ class Asker:
         concept = concepts()[thing.concept]
         return [name for name in (concept.name, *concept.synonyms) if name not in self.unclear]
 
+    def _wide(self, thing: Thing) -> list[str]:
+        """Hypernyms of an object that questions use."""
+        return [h for h in concepts()[thing.concept].hypernyms if h in words.hypernyms()]
+
     def unique(self) -> list[tuple[Thing, list[str]]]:
         """Objects that a term picks out, and these terms."""
         found = []
         for thing in self.scene.things:
             terms = [term for term in self.names(thing) if len(self.members[term]) == 1]
-            for hypernym in concepts()[thing.concept].hypernyms:
-                if hypernym in words.hypernyms() and hypernym not in self.unclear and len(self.members[hypernym]) == 1:
-                    terms.append(hypernym)
+            terms += [h for h in self._wide(thing) if h not in self.unclear and len(self.members[h]) == 1]
             if terms:
                 found.append((thing, terms))
         return found
@@ -92,7 +94,6 @@ class Asker:
         high = [o for o in options if not any(t.rank >= SALIENT for t in things(o))]
         first, second = (low, high) if self.rng.random() < 0.5 else (high, low)
         return pick(self.rng, first or second)
-
 
     def absent(self, kind: str) -> str:
         """A clear term that nothing in the scene is called by.
@@ -126,7 +127,9 @@ class Asker:
         for thing in self.scene.things:
             terms = self.names(thing)
             if spoken and self.rng.random() < 0.15:
-                terms = [h for h in concepts()[thing.concept].hypernyms if h in words.hypernyms() and h not in self.unclear] or terms
+                terms = [
+                    h for h in concepts()[thing.concept].hypernyms if h in words.hypernyms() and h not in self.unclear
+                ] or terms
             if terms:
                 options.append((thing, terms))
         if not options:
@@ -144,9 +147,13 @@ class Asker:
             return None
         term, things = chosen
         if term in words.PLURAL:
-            text = pick(self.rng, (f"are there any {term} ?", f"do you see any {term} ?", f"are there {term} in the picture ?"))
+            text = pick(
+                self.rng, (f"are there any {term} ?", f"do you see any {term} ?", f"are there {term} in the picture ?")
+            )
         elif term in words.MASS:
-            text = pick(self.rng, (f"is there any {term} ?", f"do you see any {term} ?", f"is there {term} in the picture ?"))
+            text = pick(
+                self.rng, (f"is there any {term} ?", f"do you see any {term} ?", f"is there {term} in the picture ?")
+            )
         else:
             one = words.indefinite(term)
             text = pick(self.rng, (f"is there {one} ?", f"do you see {one} ?", f"is there {one} in the picture ?"))
@@ -174,7 +181,9 @@ class Asker:
             return None
         thing, term = self._fair(options, lambda option: (option[0],))
         one = words.singular(term)
-        text = pick(self.rng, (f"which {one} is in the picture ?", f"what {one} do you see ?", f"which {one} is there ?"))
+        text = pick(
+            self.rng, (f"which {one} is in the picture ?", f"what {one} do you see ?", f"which {one} is there ?")
+        )
         return Question(text, thing.concept, "name", (thing,), (term,))
 
     def spatial(self) -> Question | None:
@@ -217,7 +226,12 @@ class Asker:
                 ahead = [right * (t.x - self.side / 2) + down * (t.y - self.side / 2) for t in things]
                 if sum(a >= gap for a in ahead) == 1 and sum(a <= -gap for a in ahead) == len(things) - 1:
                     thing = things[int(np.argmax(ahead))]
-                    where = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
+                    where = {
+                        "left": "on the left",
+                        "right": "on the right",
+                        "above": "at the top",
+                        "below": "at the bottom",
+                    }
                     text = f"which {words.singular(term)} is {where[side]} ?"
                     options.append((text, thing.concept, (thing,), (term,)))
         return options
@@ -227,7 +241,9 @@ class Asker:
         options, gap, unique = [], _APART * self.side, self.unique()
         for i, (thing, terms) in enumerate(unique):
             for other, names in unique[i + 1 :]:
-                first, second = ((thing, terms), (other, names)) if self.rng.random() < 0.5 else ((other, names), (thing, terms))
+                first, second = (
+                    ((thing, terms), (other, names)) if self.rng.random() < 0.5 else ((other, names), (thing, terms))
+                )
                 term, name = pick(self.rng, first[1]), pick(self.rng, second[1])
                 if words.terms()[term] & words.terms()[name]:
                     continue
@@ -254,7 +270,11 @@ class Asker:
         several = words.plural(term)
         text = pick(
             self.rng,
-            (f"how many {several} are there ?", f"how many {several} do you see ?", f"how many {several} are in the picture ?"),
+            (
+                f"how many {several} are there ?",
+                f"how many {several} do you see ?",
+                f"how many {several} are in the picture ?",
+            ),
         )
         return Question(text, str(number), "count", tuple(self.members[term]), (several,))
 
@@ -273,7 +293,9 @@ class Asker:
 
     def place(self) -> Question:
         if self.rng.random() < 0.3:
-            return Question("is this indoors or outdoors ?", self.scene.place.where, "place", (), ("indoors", "outdoors"))
+            return Question(
+                "is this indoors or outdoors ?", self.scene.place.where, "place", (), ("indoors", "outdoors")
+            )
         text = pick(self.rng, ("where is this ?", "what place is this ?", "which place does the picture show ?"))
         return Question(text, self.scene.place.place, "place", ())
 
@@ -309,7 +331,9 @@ _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 
 _COUNT_WEIGHTS = {0: 1.0, 1: 1.0, 2: 1.35, 3: 2.1, 4: 3.4}  # rare counts are asked for more often
 
 
-def make_questions(scene: Scene, split: str, rng: np.random.Generator, mix: dict[str, int] | None = None) -> list[Question]:
+def make_questions(
+    scene: Scene, split: str, rng: np.random.Generator, mix: dict[str, int] | None = None
+) -> list[Question]:
     """Draw questions of every family, in the order of `FAMILIES`; the same one may come twice.
 
     Args:

@@ -3,6 +3,12 @@
 from functools import cache
 
 from ivtp.data.scenes2.assets import concepts, places
+from ivtp.data.scenes2.lookalikes import LOOKALIKES
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black")
 SIGN_COLORS = {
@@ -13,11 +19,11 @@ SIGN_COLORS = {
     "white": ((245, 245, 240), (20, 20, 20)),
     "black": ((25, 25, 28), (255, 255, 255)),
 }
-SIGN_WORDS = tuple(
+SIGN_WORDS = _listed(
     "open closed exit enter sale cafe bakery market garage parking stop slow wait push pull free sold new hot cold fresh "
     "lunch dinner menu pay cash tour info help police museum theater cinema circus library gym spa staff only quiet danger "
     "caution private public north south east west today monday friday sunday summer winter spring autumn hello welcome "
-    "thanks peace dream happy lucky rent music dance sport fashion design coffee tickets taxis".split()
+    "thanks peace dream happy lucky rent music dance sport fashion design coffee tickets taxis"
 )
 PRICES = tuple(f"${n}" for n in range(2, 100))
 NUMBERS = tuple(str(n) for n in range(10, 100))
@@ -34,106 +40,28 @@ _SPOKEN = {
 NOT_ASKED = frozenset({"stationery", "money", "food"})
 """Hypernyms without a natural question of their own ("how many foods")."""
 PLURAL = frozenset(
-    "grapes fries glasses sunglasses scissors headphones chopsticks jeans shorts maracas pliers".split()
+    [
+        "grapes",
+        "fries",
+        "glasses",
+        "sunglasses",
+        "scissors",
+        "headphones",
+        "chopsticks",
+        "jeans",
+        "shorts",
+        "maracas",
+        "pliers",
+    ]
 )
 """Names that are plural by themselves."""
 MASS = frozenset(
-    "corn garlic broccoli bread cheese meat bacon salad popcorn butter pasta sushi rice chocolate honey milk coffee champagne "
-    "wine beer whiskey soda juice yarn thread lightning fire dna soap maize flame lotion".split()
+    _listed(
+        "corn garlic broccoli bread cheese meat bacon salad popcorn butter pasta sushi rice chocolate honey milk coffee champagne "
+        "wine beer whiskey soda juice yarn thread lightning fire dna soap maize flame lotion"
+    )
 )
 """Names that are not counted."""
-# What one picture could be called by either name: where one is there, the others of its group are not asked about.
-CONFUSABLE = [
-    {name.strip() for name in group.split(",")}
-    for group in """car, taxi, police car, racing car, van, truck
-    train, locomotive, tram, bus
-    ship, motorboat, rowboat, sailboat, canoe
-    scooter, motorcycle, bicycle, tricycle
-    ambulance, van, bus, fire truck
-    chair, armchair, stool, bench, deck chair, sofa
-    bed, crib, sofa
-    table, desk, pool table, workbench
-    mug, coffee, bowl
-    cake, cupcake, pie, pudding
-    bread, baguette, sandwich
-    lamp, lamppost, lantern, chandelier, candle, bulb
-    clock, alarm clock, watch, stopwatch, mantelpiece clock, school
-    handbag, purse, shopping bag, backpack, money bag
-    glasses, sunglasses
-    computer, laptop, tablet, television
-    mobile phone, telephone, tablet
-    camera, video camera
-    dog, wolf
-    cat, tiger, leopard, lion
-    mouse, hamster, chipmunk
-    horse, donkey, zebra, rocking horse
-    fish, shark, aquarium, fishing rod
-    whale, dolphin, seal, shark
-    octopus, squid
-    lobster, shrimp
-    beetle, ladybug
-    fly, mosquito, bee
-    oak, pine, palm, christmas tree, bush
-    potted plant, sprout, clover, bush, cactus, maple leaf
-    rose, tulip, hibiscus, sunflower, lotus, hyacinth, cherry blossom, bouquet, potted plant
-    pepper, chili
-    book, notebook, folder, calendar
-    pen, pencil, crayon, paintbrush
-    box, gift, crate
-    trash can, bucket, basket
-    house, dog house, doll house, tent, hotel, bank, school, hospital, store
-    doll, teddy bear
-    star, sun
-    shirt, jacket, coat, suit
-    glove, boxing glove
-    racket, tennis racket, paddle
-    ice skate, roller skate, skateboard, sneaker, boot
-    radio, speaker
-    chick, chicken, rooster, turkey
-    duck, goose, swan
-    rice, rice ball
-    wine, cocktail, champagne, wine bottle, whiskey
-    guitar, banjo, violin
-    suitcase, briefcase
-    ring, gem, crown
-    fireplace, fire, candle, lantern
-    cake, candle
-    mouse trap, mouse, cheese
-    snowman, top hat
-    map, globe
-    helmet, cap, graduation cap
-    sun hat, top hat, cap
-    umbrella, parasol
-    keyboard, piano
-    joystick, gamepad
-    coin, medal
-    knife, chopping board
-    flask, test tube
-    safe, wardrobe
-    barrel, drum
-    letter, ticket
-    cloud, lightning
-    church, castle, mosque
-    monkey, gorilla
-    elevator, door, wardrobe
-    mushroom, pizza
-    lemon, lime
-    teapot, mug
-    plate, bowl, pot
-    pool ball, pool table
-    tie, scarf, shirt, suit
-    turtle, snail
-    stone, brick
-    hook, anchor
-    plug, battery
-    painting, map
-    mirror, window
-    ski, sled
-    water pistol, drill
-    sink, bathtub, toilet
-    refrigerator, washing machine, safe
-    oven, microwave, washing machine""".split("\n")
-]
 
 
 @cache
@@ -164,7 +92,7 @@ def hypernyms() -> tuple[str, ...]:
 @cache
 def confusable(name: str) -> frozenset[str]:
     """Other concepts whose pictures could be called by this name."""
-    return frozenset(set().union(*(group for group in CONFUSABLE if name in group)) - {name})
+    return frozenset(set().union(*(group for group in LOOKALIKES if name in group)) - {name})
 
 
 def singular(term: str) -> str:
@@ -190,12 +118,14 @@ def indefinite(term: str) -> str:
     if term in MASS or term in PLURAL:
         return f"some {term}"
     spoken = singular(term)
-    return f"{'an' if spoken[0] in 'aeiou' and not spoken.startswith(('uf', 'un')) else 'a'} {spoken}".replace("a umbrella", "an umbrella")
+    return f"{'an' if spoken[0] in 'aeio' or spoken.startswith(('um', 'hour')) else 'a'} {spoken}"
 
 
 FUNCTION = frozenset(
-    "is are there a an any some the do does you see in picture what which color or where this place show say written sign "
-    "number price how much it cost many and but no yes left right above below at top bottom of on ?".split()
+    _listed(
+        "is are there a an any some the do does you see in picture what which color or where this place show say written sign "
+        "number price how much it cost many and but no yes left right above below at top bottom of on ?"
+    )
 )
 """Words of the questions and answers that are neither objects, colours, places nor on signs."""
 
