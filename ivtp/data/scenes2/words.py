@@ -40,25 +40,13 @@ _SPOKEN = {
 NOT_ASKED = frozenset({"stationery", "money", "food"})
 """Hypernyms without a natural question of their own ("how many foods")."""
 PLURAL = frozenset(
-    [
-        "grapes",
-        "fries",
-        "glasses",
-        "sunglasses",
-        "scissors",
-        "headphones",
-        "chopsticks",
-        "jeans",
-        "shorts",
-        "maracas",
-        "pliers",
-    ]
+    _listed("grapes fries glasses sunglasses scissors headphones chopsticks jeans shorts maracas pliers")
 )
 """Names that are plural by themselves."""
 MASS = frozenset(
     _listed(
-        "corn garlic broccoli bread cheese meat bacon salad popcorn butter pasta sushi rice chocolate honey milk coffee champagne "
-        "wine beer whiskey soda juice yarn thread lightning fire dna soap maize flame lotion"
+        "corn garlic broccoli bread cheese meat bacon salad popcorn butter pasta sushi rice chocolate honey milk coffee "
+        "champagne wine beer whiskey soda juice yarn thread lightning fire dna soap maize flame lotion"
     )
 )
 """Names that are not counted."""
