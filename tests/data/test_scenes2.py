@@ -313,7 +313,7 @@ def test_terms_mean_one_thing():
     assert not set(owners) & {h for row in ROWS.values() for h in row["hypernyms"]} - {"bush"}
     assert not {name for group in LOOKALIKES for name in group} - set(ROWS)
     assert not (words.PLURAL | words.MASS) - set(owners)
-    assert not set(owners) & set(words.COLORS)
+    assert not set(owners) & {*words.COLORS, *words.SIGN_WORDS}
 
 
 def test_words_and_pieces(made):

@@ -23,7 +23,7 @@ SIGN_WORDS = _listed(
     "open closed exit enter sale cafe bakery market garage parking stop slow wait push pull free sold new hot cold fresh "
     "lunch dinner menu pay cash tour info help police museum theater cinema circus library gym spa staff only quiet danger "
     "caution private public north south east west today monday friday sunday summer winter spring autumn hello welcome "
-    "thanks peace dream happy lucky rent music dance sport fashion design coffee tickets taxis"
+    "thanks peace dream happy lucky rent music dance sport fashion design tea news rooms"
 )
 PRICES = tuple(f"${n}" for n in range(2, 100))
 NUMBERS = tuple(str(n) for n in range(10, 100))
