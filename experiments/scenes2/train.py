@@ -1,6 +1,7 @@
 """Train the model for scenes2: `python -m experiments.scenes2.train`. Continues where it was stopped; see README.md."""
 
 import argparse
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,13 @@ def fill(o: argparse.Namespace) -> list[subprocess.Popen]:
     return running
 
 
+def free_port() -> int:
+    """A port for the workers, so that two runs on a machine do not meet."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
 def main() -> None:
     o = options()
     o.target = o.target or o.folder / "model"
@@ -60,7 +68,7 @@ def main() -> None:
     fillers = fill(o)
     try:
         if not (o.folder / "stage_a_done.pt").exists():
-            loop.launch(stage_a.train, o.folder, o, workers=o.workers)
+            loop.launch(stage_a.train, o.folder, o, workers=o.workers, port=free_port())
         if o.until == "a":
             return
         side = models.SIDES[o.size]
@@ -69,15 +77,15 @@ def main() -> None:
     finally:
         for filler in fillers:
             filler.terminate()
-    loop.launch(stage_b.compute_features, o.folder, paths, o.size, workers=o.workers)
+    loop.launch(stage_b.compute_features, o.folder, paths, o.size, workers=o.workers, port=free_port())
     if o.until == "features":
         return
     if not (o.folder / "stage_b_done.pt").exists():
-        loop.launch(stage_b.train, o.folder, o, workers=o.workers)
+        loop.launch(stage_b.train, o.folder, o, workers=o.workers, port=free_port())
     if o.until == "b":
         return
     if not (o.folder / "blind_done.pt").exists():
-        loop.launch(stage_b.train, o.folder, o, True, workers=o.workers)
+        loop.launch(stage_b.train, o.folder, o, True, workers=o.workers, port=free_port())
     if o.until == "blind":
         return
     export.write(o.folder, o.target, o.size)
