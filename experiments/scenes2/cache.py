@@ -129,9 +129,11 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=144)
     parser.add_argument("--shards", type=int, default=40)
     parser.add_argument("--scenes", type=int, default=SHARD, help="of a shard")
+    parser.add_argument("--first", type=int, default=0, help="shard to begin with")
+    parser.add_argument("--every", type=int, default=1, help="draw each so many-th shard, beside other processes")
     options = parser.parse_args()
     target = root(options.folder, options.split, options.seed, options.side)
-    for number in range(options.shards):
+    for number in range(options.first, options.shards, options.every):
         if not (target / f"{number:04d}").exists():
             make_shard(target, options.split, number, options.seed, options.side, options.scenes)
             print(f"{target.name}: shard {number}", flush=True)

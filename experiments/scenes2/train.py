@@ -19,6 +19,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes; one where there is a GPU")
     parser.add_argument("--shards", type=int, default=40, help="of training scenes")
+    parser.add_argument("--fillers", type=int, default=1, help="processes that draw the scenes")
     parser.add_argument("--shard-scenes", type=int, default=cache.SHARD, help="scenes of a shard")
     parser.add_argument("--steps-a", type=int, default=2200)
     parser.add_argument("--batch-a", type=int, default=64, help="scenes")
@@ -42,13 +43,16 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill(o: argparse.Namespace) -> list[subprocess.Popen]:
-    """Start a process that draws the scenes; training begins with the first thousand."""
+    """Start the processes that draw the scenes; training begins with the first shard."""
     side, running = str(models.SIDES[o.size]), []
-    for split, shards in (("validation", 1), ("train", o.shards)):
-        if len(cache.ready(o.folder, split, o.seed, int(side))) < shards:
-            command = [sys.executable, "-m", "experiments.scenes2.cache", "--folder", str(o.folder), "--split", split]
-            command += ["--seed", str(o.seed), "--side", side, "--shards", str(shards), "--scenes", str(o.shard_scenes)]
-            running.append(subprocess.Popen(command))
+    for split, shards, fillers in (("validation", 1, 1), ("train", o.shards, o.fillers)):
+        if len(cache.ready(o.folder, split, o.seed, int(side))) >= shards:
+            continue
+        for first in range(fillers):
+            command = [sys.executable, "-m", "experiments.scenes2.cache", "--folder", o.folder, "--split", split]
+            command += ["--seed", o.seed, "--side", side, "--shards", shards, "--scenes", o.shard_scenes]
+            command += ["--first", first, "--every", fillers]
+            running.append(subprocess.Popen([str(word) for word in command]))
     return running
 
 
