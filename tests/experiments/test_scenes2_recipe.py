@@ -14,7 +14,7 @@ from ivtp.data.scenes2 import assets, make_scene
 experiments.__path__.append(str(Path(__file__).resolve().parents[2] / "experiments"))
 
 from experiments.scenes2 import cache, check, models, stage_a, stage_b  # noqa: E402
-from experiments.scenes2.build import concepts  # noqa: E402
+from experiments.scenes2.assets import concepts  # noqa: E402
 
 
 @pytest.fixture(scope="module")
