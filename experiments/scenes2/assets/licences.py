@@ -8,8 +8,8 @@ from experiments.scenes2.assets import fetch
 
 TEXTS = ("Apache-2.0", "MIT", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "OFL-1.1")
 COLUMNS = ("sheet", "cell", "shows", "title", "author", "licence", "source")
-NOTICE = """The pictures, glyphs and word pieces of this folder come from the packages below, each under its own licence; the texts
-are beside this file, the credits of every single picture in credits.csv. Pictures were cropped, scaled to 64 pixels (fonts
+NOTICE = """The pictures, glyphs and word pieces of this folder come from the packages below, each under its own licence; the
+texts are beside this file, the credits of every single picture in credits.csv. Pictures were cropped, scaled to 64 pixels (fonts
 to 40) and packed into sheets; panoramas were tone-mapped.
 
 {table}

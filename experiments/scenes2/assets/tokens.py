@@ -7,6 +7,7 @@ import gzip
 import shutil
 from collections.abc import Iterable
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -24,7 +25,7 @@ def derive(symbols: list[str], ranks: dict[tuple[str, str], int]) -> tuple[list[
     """Merge symbols by rank, best first. Returns the pieces and the merges used."""
     used = []
     while len(symbols) > 1:
-        pairs = [(ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False))]
+        pairs = [(ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(symbols))]
         rank, i = min(pairs)
         if rank == len(ranks):
             break
@@ -89,7 +90,8 @@ def clip() -> PreTrainedTokenizerFast:
     import open_clip
 
     path = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-    lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
     ranks = {tuple(line.split()): i for i, line in enumerate(lines)}
     words = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary()]
     words += [[form] for letter in ALPHABET.lower() for form in (letter, letter + "</w>")]
