@@ -22,6 +22,7 @@ NPM = {
     },
     "font-montserrat": "@fontsource/montserrat@5.3.0",
 }
+FURNITURE_LICENCES = {"BlendSwap-CC-0": "CC0-1.0", "KatorLegaz": "CC-BY-3.0-US"}
 DEBIAN = ("sweethome3d-furniture", "openclipart-png")
 
 
@@ -68,7 +69,7 @@ def furniture(folder: Path) -> list[dict]:
         for line in (target / "PluginFurnitureCatalog.properties").read_text(encoding="latin-1").splitlines():
             if match := re.match(r"(\w+)#(\d+)=(.*)", line.strip()):
                 table.setdefault(int(match[2]), {})[match[1]] = match[3]
-        licence = "CC0-1.0" if archive.stem == "BlendSwap-CC-0" else "CC-BY-3.0"
+        licence = FURNITURE_LICENCES.get(archive.stem, "CC-BY-3.0")
         for entry in table.values():
             icon = target / entry["icon"].lstrip("/")
             creator = entry.get("creator", archive.stem).replace("\\u20ac", "€")

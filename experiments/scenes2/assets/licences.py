@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.scenes2.assets import fetch
 
-TEXTS = ("Apache-2.0", "MIT", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "OFL-1.1")
+TEXTS = ("Apache-2.0", "MIT", "CC-BY-3.0", "CC-BY-3.0-US", "CC-BY-4.0", "CC0-1.0", "OFL-1.1")
 COLUMNS = ("sheet", "cell", "shows", "title", "author", "licence", "source")
 NOTICE = """The pictures, glyphs and word pieces of this folder come from the packages below, each under its own licence; the
 texts are beside this file, the credits of every single picture in credits.csv. Pictures were cropped, scaled to 64 pixels (fonts
