@@ -248,7 +248,7 @@ def losses(model: models.Joint, batch: dict, kept: torch.Tensor | None, dense: f
     if dense > 0 and kept is None:
         loss, named = dense_loss(model.head, states[:, 1:], batch)
         result["dense"] = dense * loss
-        result["named"] = named.detach()
+        result["dense_unweighted"], result["named"] = loss.detach(), named
     image = F.normalize(model.visual_projection(cls), dim=-1)
     whole, tokens = text_features(model.text, batch["ids"], batch["mask"])
     logits = model.caption_scale.exp() * image @ whole[:n].T + model.caption_bias
@@ -377,7 +377,7 @@ def train(rank: int, workers: int, folder: Path, options) -> None:
         kept = draw_kept(share, batches.size, options.size, generator)
         dense = options.dense * max(0.0, 1 - 2 * step / options.steps_a)
         parts = losses(model, batches(), kept, dense)
-        sum(value for name, value in parts.items() if name != "named").backward()
+        sum(value for value in parts.values() if value.requires_grad).backward()
         for p in optimizers.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
