@@ -20,14 +20,14 @@ from ivtp.data.scenes2.layout import TIERS, compose, drawable
 from ivtp.data.scenes2.lookalikes import LOOKALIKES
 
 TEST_HASH = "a17eac4f5cbc4c03d8002e7f7ee3d5276b1c690f44b8882e5756b5bb5f0707d8"  # of what is drawn and asked
-TEST_COLORS = [
+TEST_COLORS = [  # mean of the pictures
     [128.3, 115.4, 89.9],
     [112.6, 111.7, 97.1],
     [134.7, 118.7, 92.7],
     [142.1, 123.1, 110.5],
     [128.1, 129.0, 139.8],
     [139.8, 132.6, 69.6],
-]  # mean of the pictures
+]
 MANY = 60
 MIX = dict.fromkeys(FAMILIES, 4)
 INDEX = json.loads((assets.FOLDER / "index.json").read_text(encoding="utf-8"))
