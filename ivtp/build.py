@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -150,6 +151,13 @@ def build_data(
             data = Scenes(c.split, c.scenes, c.seed, shape.patches)
         except ValueError as error:
             raise UserError(f"data: {error}") from error
+    elif c.name == "scenes2":
+        from ivtp.data.scenes2 import Scenes2
+
+        try:
+            data = Scenes2(c.split, c.scenes, c.seed, c.size, square_grid(shape))
+        except ValueError as error:
+            raise UserError(f"data: {error}") from error
     elif c.name == "folder":
         from ivtp.data.questions import Questions
 
@@ -162,11 +170,21 @@ def build_data(
         data = LmmsTask(name, shape.patches, chat=config.model.prompt == CHAT, **asked)
     else:
         raise UserError(
-            f"data={c.name} asks nothing, but this model answers questions: data=scenes, folder, lmms; labelled images are "
-            "for encoders (model=tiny_clip, deit_small, …)"
+            f"data={c.name} asks nothing, but this model answers questions: data=scenes, scenes2, folder, lmms; labelled "
+            "images are for encoders (model=tiny_clip, deit_small, …)"
         )
     collate, sort = Collate(processor, config.model.prompt, context), config.trainer.sort
     return QuestionData(data, collate, batch_size, c.limit, sort, shape.by_image)
+
+
+def square_grid(shape: Shape) -> int:
+    """Patches on a side of the square that a tower cuts an image into."""
+    side = isqrt(shape.patches)
+    if side == 0 or side * side != shape.patches:
+        raise UserError(
+            f"data=scenes2 needs a model that cuts its images into a square of patches, not {shape.patches}"
+        )
+    return side
 
 
 def prompt_of(config: DictConfig) -> str:
