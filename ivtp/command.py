@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from ivtp.registry import UserError
+from ivtp.registry import Terminated, UserError
 from ivtp.text import one_line
 
 
@@ -33,7 +34,7 @@ def command(arguments: Sequence[str] | None, usage: Callable[[], str], work: Cal
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     return 0

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ivtp import records
 from ivtp.backbones.shared import SharedVision, vision_side
 from ivtp.build import is_encoder, shape_of
 from ivtp.data.batches import Batch
-from ivtp.data.failures import Failed, answered, failures, own, read
+from ivtp.data.failures import READING, Failed, answered, failures, own, read
 from ivtp.evaluation.answer import Answer
 from ivtp.evaluation.benchmarks import headline, measured
 from ivtp.evaluation.classify import Classify
@@ -22,12 +23,13 @@ from ivtp.evaluation.speed import Stopwatch, count
 from ivtp.evaluation.statistics import passing, summary
 from ivtp.progress import progress
 from ivtp.pruning.cost import cost
-from ivtp.registry import UserError
+from ivtp.registry import Terminated, UserError
 from ivtp.report.viewer import drawable
 from ivtp.report.wandb_run import log_row
 
 FIRST = 8
-"""A row ends where none of so many samples can be evaluated, and the last one of all cannot either: the request is at fault."""
+"""A row ends where none of so many samples can be evaluated although they can be read, and the last one of all cannot either:
+the request is at fault. Files may be missing in any number."""
 
 
 def fewer_crops(outcomes: list[dict]) -> dict[str, int]:
@@ -93,7 +95,7 @@ class Evaluator:
                 outcomes.extend(new)
                 tell(len(outcomes))
                 if len(failed) < FIRST and all("failed" in outcome for outcome in outcomes):
-                    failed.extend(new)
+                    failed.extend(outcome for outcome in new if outcome["cause"] != READING)
                     if len(failed) >= FIRST and not self.works(module):
                         raise nothing_works(row.label, f"the first {len(failed)} samples", failed[0])
 
@@ -182,6 +184,8 @@ class Evaluator:
         """Evaluate what is not done; an interrupt ends it as elsewhere."""
         try:
             self.trainer().test(module, datamodule=self.data, verbose=False)
+        except SIGTERMException:
+            raise Terminated from None
         except SystemExit as end:
             if not isinstance(end.__context__, KeyboardInterrupt):
                 raise

@@ -24,6 +24,10 @@ class UserError(ValueError):
     """A request that cannot be met: the message, one line, names the value, the bound and the fix."""
 
 
+class Terminated(KeyboardInterrupt):
+    """A stop by SIGTERM, as schedulers send it, in place of Ctrl-C."""
+
+
 class UnknownName(UserError):
     """A name that is not registered; the message lists what is."""
 

@@ -58,7 +58,7 @@ def test_a_commit_that_moves_is_another_model(monkeypatch):
     found = []
     for commit in ("a" * 40, "b" * 40):
         monkeypatch.setattr(llava(), "_commit_hash", commit, raising=False)
-        found.append(build.model_identity(config, llava())["hash"])
+        found.append(build.model_identity(config, llava(), SimpleNamespace(image_processor=None))["hash"])
     assert found == ["a" * 40, "b" * 40]
 
 

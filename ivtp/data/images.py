@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -94,17 +95,30 @@ def image_folder(path: str | Path, patch_count: int) -> Images:
     files = [Path(file) for file, _ in found.samples]
     # Names of files are bytes: those that are no UTF-8 come as lone surrogates, which no tokenizer reads.
     names = [os.fsencode(name).decode(errors="replace").replace("_", " ") for name in found.classes]
-    if all(name[0] == "n" and name[1:].isdigit() for name in found.classes):
+    if all(re.fullmatch(r"n\d{8}", name) for name in found.classes):
         from timm.data import ImageNetInfo
 
         words = ImageNetInfo()
-        names = [words.label_name_to_description(name).split(",")[0] for name in found.classes]
+        try:
+            names = [words.label_name_to_description(name).split(",")[0] for name in found.classes]
+        except KeyError as error:
+            raise DataError(
+                f"data.path={path}: folder {error} has the form of a WordNet name, but ImageNet has no such class; rename it"
+            ) from error
+    else:
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                twins = found.classes[names.index(name)], found.classes[number]
+                raise DataError(
+                    f"data.path={path}: folders {twins[0]!r} and {twins[1]!r} are one class name, {name!r}; rename one"
+                )
     ids = [file.relative_to(path).as_posix() for file in files]
     nowhere = torch.zeros(patch_count, dtype=torch.bool)
 
     def stamp(place: int) -> str:
         try:
-            return f"{ids[place]} {files[place].stat().st_size}"
+            about = files[place].stat()  # in place of the content, which takes long to read of ImageNet
+            return f"{ids[place]} {about.st_size} {about.st_mtime_ns}"
         except OSError:  # such as a link that leads nowhere
             return ids[place]
 

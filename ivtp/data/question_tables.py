@@ -87,7 +87,7 @@ def _object(row: object, where: str) -> dict:
 
 
 def _csv(table: Path) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True, skipinitialspace=True)
     limit = csv.field_size_limit(sys.maxsize)  # a long question is its own error, not that of the table
     try:
         _check_columns(table, [name.strip() for name in reader.fieldnames or []])

@@ -236,7 +236,7 @@ function panel(side) {
   words(side, row);
   const lived = row.lived[state.sample];
   if (!("picture" in sample) || lived === undefined) {
-    $(`picture-${side}`).append(make("p", { className: "quiet", textContent: "No picture is stored for this question; a run with a larger viewer=… keeps more." }));
+    $(`picture-${side}`).append(make("p", { className: "quiet", textContent: "No picture is stored for this question: the page keeps those of the first questions with one image (viewer=…)." }));
     return;
   }
   const counts = [...lived].map((c) => c.codePointAt(0) - 48);
@@ -290,7 +290,7 @@ function words(side, row) {
   const found = row.words[state.sample];
   const box = $(`words-${side}`);
   if (!found) {
-    if (row.cuts.length) box.append(make("p", { className: "quiet", textContent: "This method does not read the words." }));
+    if (row.cuts.length) box.append(make("p", { className: "quiet", textContent: Object.keys(row.words).length ? "The words of this question are not stored." : "This method does not read the words." }));
     return;
   }
   const [which, ...scores] = found;

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from running import lines, one_line, outcomes, run
 
 from ivtp import load_model, shape_of
@@ -388,10 +389,14 @@ def test_a_bug_ends_the_run_as_it_always_did(tmp_path, monkeypatch):
         run(*DIGITS, output=tmp_path)
 
 
-def test_an_interrupt_ends_it_in_one_line_and_the_next_start_goes_on(healthy, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("signalled", "status"), [(KeyboardInterrupt, 130), (SIGTERMException, 143)])
+def test_a_signal_ends_it_in_one_line_and_the_next_start_goes_on(
+    healthy, tmp_path, monkeypatch, capsys, signalled, status
+):
+    """Ctrl-C, and SIGTERM as Lightning's loops pass it on: schedulers go by the status."""
     with monkeypatch.context() as stopped:
-        breaking(stopped, images_of(15), KeyboardInterrupt)
-        assert run(*DIGITS, "trainer.batch_size=6", output=tmp_path) == 130
+        breaking(stopped, images_of(15), signalled)
+        assert run(*DIGITS, "trainer.batch_size=6", output=tmp_path) == status
     assert capsys.readouterr().err == "ivtp: stopped; the same command goes on from here\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     given = breaking(monkeypatch, lambda pixels: torch.zeros(len(pixels), dtype=torch.bool), None)
