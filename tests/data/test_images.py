@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -158,3 +159,23 @@ def test_a_batch_is_what_the_model_s_own_transform_makes_of_each_image():
     batch = ImageCollate(Processor())([data[3], data[1]])
     assert batch.inputs["pixel_values"].shape == (2, 96, 96, 3)
     assert [sample["id"] for sample in batch.samples] == [data.ids[3], data.ids[1]]
+
+
+def test_folders_that_only_look_like_wordnet_names_are_words(tmp_path):
+    assert image_folder(folder(tmp_path, n1=1, n2=1), 4).classes == ["n1", "n2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [(("a_b", "a b"), "one class name, 'a b'"), (("n99999999",), "has the form of a WordNet name")]
+)
+def test_class_names_that_cannot_be_told_apart_or_are_not_known_are_refused(tmp_path, names, said):
+    with pytest.raises(DataError, match=said):
+        image_folder(folder(tmp_path, **dict.fromkeys(names, 1)), 4)
+
+
+def test_an_image_that_is_written_again_is_another_one(tmp_path):
+    """Also where its size in bytes stays the same: results of the old one are not taken for its."""
+    data = image_folder(folder(tmp_path, one=1), 4)
+    before = data.sketch(0)[1]
+    os.utime(tmp_path / "one" / "0.png", ns=(0, 1))
+    assert data.sketch(0)[1] != before
