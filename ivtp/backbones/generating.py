@@ -9,7 +9,14 @@ from inspect import signature
 
 from torch import Tensor, nn
 
-from ivtp.backbones.pruned_cache import is_pruned, next_position
+from ivtp.backbones.pruned_cache import (
+    cached_mask,
+    check_mask_rows,
+    check_prompt_mask,
+    is_pruned,
+    next_position,
+    other_rows,
+)
 from ivtp.backbones.replacing import own, replaced
 from ivtp.backbones.transformers_attention import CACHE
 from ivtp.pruning.pruner import Plan
@@ -24,6 +31,8 @@ def generating(model: nn.Module, plan: Plan) -> Iterator[None]:
         "prepare_inputs_for_generation": checked_inputs,
         "_get_candidate_generator": late_candidates,
     }
+    # transformers' continuous batching fills a paged cache and packs prompts of other lengths into one row.
+    methods |= {name: refused for name in ("generate_batch", "init_continuous_batching") if hasattr(model, name)}
     if hasattr(model.model, "rope_deltas"):
         methods["_prepare_position_ids_for_generation"] = own_positions
     functions = {name: around(model, plan, own(model, name)) for name, around in methods.items()}
@@ -82,6 +91,12 @@ def late_candidates(model: nn.Module, plan: Plan, generator_of: Callable) -> Cal
 
     @wraps(generator_of)
     def call(*args, **kwargs):
+        cache = kwargs["model_kwargs"].get(CACHE)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise UserError(
+                "assisted generation cannot go on from a filled cache under pruning; leave the assistant "
+                f"(assistant_model, prompt_lookup_num_tokens) out, or give the whole conversation without {CACHE}"
+            )
         generator = generator_of(*args, **kwargs)
         draft = generator.get_candidates
 
@@ -96,6 +111,19 @@ def late_candidates(model: nn.Module, plan: Plan, generator_of: Callable) -> Cal
     return call
 
 
+def refused(model: nn.Module, plan: Plan, function: Callable) -> Callable:
+    """Refuse continuous batching, whose paged cache holds the same tokens in every layer."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        raise UserError(
+            f"{function.__name__}: continuous batching keeps the same tokens in every layer, pruning does not; call generate "
+            "on a padded batch"
+        )
+
+    return call
+
+
 def own_positions(model: nn.Module, plan: Plan, positions_of: Callable) -> Callable:
     """M-RoPE counts on from the offset of the last prompt that the model saw; a cache brings that of its own."""
 
@@ -103,9 +131,16 @@ def own_positions(model: nn.Module, plan: Plan, positions_of: Callable) -> Calla
     def call(inputs_tensor, model_kwargs):
         cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         if is_pruned(cache):
-            length = cache.get_seq_length()
-            real = length if mask is None else mask[:, :length].sum(1, keepdim=True)
-            model.model.rope_deltas = next_position(cache) - real
+            rows = len(inputs_tensor)
+            check_mask_rows(rows, mask)
+            real = cache.get_seq_length() if mask is None else cached_mask(cache).sum(1, keepdim=True)
+            deltas = next_position(cache) - real
+            if len(deltas) % rows:
+                raise other_rows(cache, rows)
+            # A cache comes repeated for its beams; `generate` repeats the positions afterwards.
+            model.model.rope_deltas = deltas[:: len(deltas) // rows]
+        elif cache is None or cache.get_seq_length() == 0:
+            check_prompt_mask(inputs_tensor, mask)
         return positions_of(inputs_tensor, model_kwargs)
 
     return call
