@@ -29,6 +29,7 @@ def generating(model: nn.Module, plan: Plan) -> Iterator[None]:
     methods = {
         "forward": checked_forward,
         "prepare_inputs_for_generation": checked_inputs,
+        "_expand_inputs_for_generation": unexpanded_images,
         "_get_candidate_generator": late_candidates,
     }
     # transformers' continuous batching fills a paged cache and packs prompts of other lengths into one row.
@@ -82,6 +83,27 @@ def checked_inputs(model: nn.Module, plan: Plan, prepare: Callable) -> Callable:
         if cache is not None and cache.get_seq_length() == 0:
             kwargs["is_first_iteration"] = True
         return prepare(*args, **kwargs)
+
+    return call
+
+
+IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+"""Inputs that count images, crops or patches, not prompts."""
+
+
+def unexpanded_images(model: nn.Module, plan: Plan, expand: Callable) -> Callable:
+    """Leave it to the pruned forward to repeat the images of a prompt for its beams: transformers would repeat every
+    row of their pixels, which is a crop or a patch."""
+
+    @wraps(expand)
+    def call(expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        images = {name: model_kwargs.pop(name) for name in IMAGES if name in model_kwargs}
+        input_ids, model_kwargs = expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        if images:
+            model_kwargs |= images | {"beams": expand_size}
+        return input_ids, model_kwargs
 
     return call
 

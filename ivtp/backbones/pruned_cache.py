@@ -251,7 +251,7 @@ def check_positions(position_ids: Tensor, valid: Tensor, following: Tensor) -> N
         row = int(wrong[:, 0].int().argmax())
         raise UserError(
             f"position_ids of the new tokens start at {int(start[row])}, but the cache goes on at {int(following[row])}; "
-            f"{WHOLE}"
+            f"{WHOLE}, and prefill padded prompts by generate (a forward without position_ids counts padding)"
         )
 
 

@@ -164,8 +164,7 @@ class PrunedModel:
             raise UserError(
                 "a prompt ends in padding, but its last token is needed; pad on the left (tokenizer.padding_side='left')"
             )
-        pictures = self.front.pictures(input_ids, inputs)
-        held = self._share_out(input_ids, pictures)
+        pictures, held = self._pictures(input_ids, inputs)
         looks, vision = look(self.front, self.planner, pictures, self.vision_batch, self.part, self.shared)
         positions = self.front.positions(input_ids, attention_mask, position_ids, inputs)
 
@@ -244,6 +243,18 @@ class PrunedModel:
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         return self.core.get_input_embeddings()(input_ids)
+
+    def _pictures(self, input_ids: Tensor, inputs: dict) -> tuple[list[Picture], list[list[int]]]:
+        """The images of a batch, and the numbers of those of each prompt. `generate` repeats prompts for its beams, but
+        not their images."""
+        beams = inputs.get("beams", 1)
+        prompts = input_ids[::beams]
+        pictures = self.front.pictures(prompts, inputs)
+        held = self._share_out(prompts, pictures)
+        if beams == 1:
+            return pictures, held
+        pictures = [pictures[i] for own in held for _ in range(beams) for i in own]
+        return pictures, self._share_out(input_ids, pictures)
 
     def _share_out(self, input_ids: Tensor, pictures: Sequence[Picture]) -> list[list[int]]:
         """Numbers of the pictures of each prompt, in order: as many as fill its image tokens."""
