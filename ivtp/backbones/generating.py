@@ -9,7 +9,14 @@ from inspect import signature
 
 from torch import Tensor, nn
 
-from ivtp.backbones.pruned_cache import is_pruned, next_position
+from ivtp.backbones.pruned_cache import (
+    cached_mask,
+    check_mask_rows,
+    check_prompt_mask,
+    is_pruned,
+    next_position,
+    other_rows,
+)
 from ivtp.backbones.replacing import own, replaced
 from ivtp.backbones.transformers_attention import CACHE
 from ivtp.pruning.pruner import Plan
@@ -22,8 +29,11 @@ def generating(model: nn.Module, plan: Plan) -> Iterator[None]:
     methods = {
         "forward": checked_forward,
         "prepare_inputs_for_generation": checked_inputs,
+        "_expand_inputs_for_generation": unexpanded_images,
         "_get_candidate_generator": late_candidates,
     }
+    # transformers' continuous batching fills a paged cache and packs prompts of other lengths into one row.
+    methods |= {name: refused for name in ("generate_batch", "init_continuous_batching") if hasattr(model, name)}
     if hasattr(model.model, "rope_deltas"):
         methods["_prepare_position_ids_for_generation"] = own_positions
     functions = {name: around(model, plan, own(model, name)) for name, around in methods.items()}
@@ -77,11 +87,38 @@ def checked_inputs(model: nn.Module, plan: Plan, prepare: Callable) -> Callable:
     return call
 
 
+IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+"""Inputs that count images, crops or patches, not prompts."""
+
+
+def unexpanded_images(model: nn.Module, plan: Plan, expand: Callable) -> Callable:
+    """Leave it to the pruned forward to repeat the images of a prompt for its beams: transformers would repeat every
+    row of their pixels, which is a crop or a patch."""
+
+    @wraps(expand)
+    def call(expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        images = {name: model_kwargs.pop(name) for name in IMAGES if name in model_kwargs}
+        input_ids, model_kwargs = expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        if images:
+            model_kwargs |= images | {"beams": expand_size}
+        return input_ids, model_kwargs
+
+    return call
+
+
 def late_candidates(model: nn.Module, plan: Plan, generator_of: Callable) -> Callable:
     """Assisted generation drafts from the second step on: drafted tokens are no part of the prompt that is pruned."""
 
     @wraps(generator_of)
     def call(*args, **kwargs):
+        cache = kwargs["model_kwargs"].get(CACHE)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise UserError(
+                "assisted generation cannot go on from a filled cache under pruning; leave the assistant "
+                f"(assistant_model, prompt_lookup_num_tokens) out, or give the whole conversation without {CACHE}"
+            )
         generator = generator_of(*args, **kwargs)
         draft = generator.get_candidates
 
@@ -96,6 +133,19 @@ def late_candidates(model: nn.Module, plan: Plan, generator_of: Callable) -> Cal
     return call
 
 
+def refused(model: nn.Module, plan: Plan, function: Callable) -> Callable:
+    """Refuse continuous batching, whose paged cache holds the same tokens in every layer."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        raise UserError(
+            f"{function.__name__}: continuous batching keeps the same tokens in every layer, pruning does not; call generate "
+            "on a padded batch"
+        )
+
+    return call
+
+
 def own_positions(model: nn.Module, plan: Plan, positions_of: Callable) -> Callable:
     """M-RoPE counts on from the offset of the last prompt that the model saw; a cache brings that of its own."""
 
@@ -103,9 +153,16 @@ def own_positions(model: nn.Module, plan: Plan, positions_of: Callable) -> Calla
     def call(inputs_tensor, model_kwargs):
         cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         if is_pruned(cache):
-            length = cache.get_seq_length()
-            real = length if mask is None else mask[:, :length].sum(1, keepdim=True)
-            model.model.rope_deltas = next_position(cache) - real
+            rows = len(inputs_tensor)
+            check_mask_rows(rows, mask)
+            real = cache.get_seq_length() if mask is None else cached_mask(cache).sum(1, keepdim=True)
+            deltas = next_position(cache) - real
+            if len(deltas) % rows:
+                raise other_rows(cache, rows)
+            # A cache comes repeated for its beams; `generate` repeats the positions afterwards.
+            model.model.rope_deltas = deltas[:: len(deltas) // rows]
+        elif cache is None or cache.get_seq_length() == 0:
+            check_prompt_mask(inputs_tensor, mask)
         return positions_of(inputs_tensor, model_kwargs)
 
     return call

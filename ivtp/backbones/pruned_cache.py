@@ -34,11 +34,15 @@ class Keys:
 class Origin:
     """The decoder and the planner that filled a cache; equal in every context that prunes the same model alike."""
 
-    decoder: weakref.ref[nn.Module]
+    decoder: weakref.ref[nn.Module] | None
     planner: object
 
     def __deepcopy__(self, memo: dict) -> Origin:
         return self
+
+    def __reduce__(self) -> tuple:
+        """For pickle and `torch.save`: no model of another process is known to be the one that filled the cache."""
+        return Origin, (None, None)
 
 
 class PrunedLayer(DynamicLayer):
@@ -48,11 +52,12 @@ class PrunedLayer(DynamicLayer):
     removed    tokens of the text that are not in `keys`
     shift      position of the next token minus the length of the text "b 1": left padding, and M-RoPE's images
     prompt     tokens in `keys` after the prefill; the last `tail` of them (a tensor of one number) are text
+    mask       attention mask of the prompt before pruning "b n"; that of later text is the end of `keys_seen`
     """
 
-    def __init__(self, removed: int, prompt: Keys, shift: Tensor, tail: Tensor, origin: Origin) -> None:
+    def __init__(self, removed: int, prompt: Keys, shift: Tensor, tail: Tensor, mask: Tensor, origin: Origin) -> None:
         super().__init__()
-        self.removed, self.shift, self.tail, self.origin = removed, shift, tail, origin
+        self.removed, self.shift, self.tail, self.mask, self.origin = removed, shift, tail, mask, origin
         self.keys_seen = Keys(prompt.valid[:, :0], False)
         self.prompt = prompt.valid.shape[1]
         self.expected: Keys | None = prompt
@@ -73,6 +78,12 @@ class PrunedLayer(DynamicLayer):
             self.keys_seen, self.expected = self.expected, None
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def hide(self, hidden: Tensor) -> None:
+        """Mask tokens behind the prompt that were visible so far: `hidden` "b m", one column per such token."""
+        valid = self.keys_seen.valid
+        later = valid[:, self.prompt :] & ~hidden
+        self.keys_seen = Keys(torch.cat([valid[:, : self.prompt], later], 1), True)
+
     def get_seq_length(self) -> int:
         held = super().get_seq_length()
         return held + self.removed if held else 0
@@ -88,6 +99,9 @@ class PrunedLayer(DynamicLayer):
                 f"{keys.shape[-2] - self.prompt + int(self.tail)} tokens, those behind the last image, can be removed"
             )
         self.keys_seen = Keys(self.keys_seen.valid[:, :left], self.keys_seen.padded)
+        if left < self.prompt:
+            self.tail, self.prompt = self.tail - (self.prompt - left), left
+            self.mask = self.mask[:, : left + self.removed]
 
     def reset(self) -> None:
         self.keys = self.values = self.origin = self.expected = None
@@ -107,18 +121,25 @@ class PrunedLayer(DynamicLayer):
 
     def _rows(self, select: Callable[[Tensor], Tensor]) -> None:
         self.keys_seen = Keys(select(self.keys_seen.valid), self.keys_seen.padded)
-        self.shift = select(self.shift)
+        self.shift, self.mask = select(self.shift), select(self.mask)
 
 
 def fill(
-    cache: DynamicCache, memory: Memory, keys: Sequence[Keys], positions: Tensor, image: Tensor, origin: Origin
+    cache: DynamicCache,
+    memory: Memory,
+    keys: Sequence[Keys],
+    positions: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    origin: Origin,
 ) -> None:
-    """Put what every layer saw of a prompt into an empty cache, in place; `image` "b n": its image tokens."""
+    """Put what every layer saw of a prompt into an empty cache, in place; `image` "b n": its image tokens, `mask` "b n":
+    its tokens that are not padding."""
     n = image.shape[1]
     # An image token at the end leaves 0, no image at all the whole prompt.
     tail = image.flip(1).int().argmax(1).masked_fill(~image.any(1), n).min()
     shift = behind(positions) - n
-    cache.layers[:] = [PrunedLayer(n - seen.valid.shape[1], seen, shift, tail, origin) for seen in keys]
+    cache.layers[:] = [PrunedLayer(n - seen.valid.shape[1], seen, shift, tail, mask, origin) for seen in keys]
     for number, keys_values in enumerate(memory):
         cache.update(*keys_values, number)
 
@@ -131,6 +152,38 @@ def is_pruned(cache: Cache | None) -> bool:
 def next_position(cache: DynamicCache) -> Tensor:
     """Position of the token that follows "b 1"."""
     return cache.get_seq_length() + cache.layers[0].shift
+
+
+def cached_mask(cache: DynamicCache) -> Tensor:
+    """The attention mask of the text that the cache holds, as of its last call "b length"."""
+    layer = cache.layers[0]
+    return torch.cat([layer.mask, layer.keys_seen.valid[:, layer.prompt :]], 1)
+
+
+def newly_hidden(cache: DynamicCache, attention_mask: Tensor) -> Tensor | None:
+    """The tokens behind the prompt that the cache holds as visible and the mask now hides "b m"; None: the mask is
+    that of the cache. Refuse other differences, since cached tokens have attended to the tokens in question.
+
+    `generate` pads a row that ends before the others, and knows as little as the cache that this is padding.
+    """
+    before, after = cached_mask(cache), attention_mask[:, : cache.get_seq_length()].bool()
+    changed = before != after
+    if not bool(changed.any()):
+        return None
+    column = torch.arange(changed.shape[1], device=changed.device)
+    start = cache.layers[0].mask.shape[1]
+    free = ((column + 1) * after).amax(1, keepdim=True).clamp_min(start)  # nothing visible follows from here on
+    for does, wrong in (("shows", ~before & after), ("hides", before & ~after & (column < free))):
+        if bool(wrong.any()):
+            counts = wrong.sum(1)
+            row = int((counts > 0).int().argmax())
+            raise UserError(
+                f"the attention_mask {does} {int(counts[row])} tokens of row {row} that the cache holds as "
+                f"{'padding' if does == 'shows' else 'visible, and that later tokens or the pruning have read'}; pass the "
+                f"mask that the cache was filled with (only the end of an answer can be hidden later), or start without "
+                f"{CACHE}"
+            )
+    return changed[:, start:]
 
 
 def behind(positions: Tensor) -> Tensor:
@@ -149,17 +202,42 @@ def check_continuation(cache: DynamicCache, origin: Origin, input_ids: Tensor, a
         )
     (rows, n), length = input_ids.shape, cache.get_seq_length()
     if len(cache.layers[0].shift) != rows:
-        raise UserError(
-            f"the cache holds {len(cache.layers[0].shift)} prompts, but input_ids has {rows} rows; repeat the cache with "
-            "cache.batch_repeat_interleave"
-        )
+        raise other_rows(cache, rows)
     if n == 0:
         raise UserError(f"no token follows the {length} that the cache holds; {WHOLE}")
+    check_mask_rows(rows, attention_mask)
     if attention_mask is not None and attention_mask.shape[1] != length + n:
         raise UserError(
             f"attention_mask has {attention_mask.shape[1]} columns, but the cache holds {length} tokens and {n} follow; "
             f"{WHOLE}"
         )
+
+
+def other_rows(cache: DynamicCache, rows: int) -> UserError:
+    """The refusal of a cache that does not hold one prompt for each of `rows`."""
+    held = len(cache.layers[0].shift)
+    fits = held < rows and rows % held == 0
+    method = "batch_repeat_interleave" if fits else "batch_select_indices"
+    verb = "repeat" if fits else "select"
+    return UserError(
+        f"the cache holds {held} prompts, but input_ids has {rows} rows; {verb} those of the cache with cache.{method}"
+    )
+
+
+def check_prompt_mask(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Refuse a mask of a prefill that is not one of its tokens."""
+    shape = input_ids.shape[:2]
+    if attention_mask is not None and attention_mask.shape != shape:
+        raise UserError(
+            f"attention_mask is {tuple(attention_mask.shape)}, but input_ids is {tuple(shape)}; give the mask one row per "
+            "prompt and one column per token"
+        )
+
+
+def check_mask_rows(rows: int, attention_mask: Tensor | None) -> None:
+    """Refuse a mask of other prompts than those of a conversation that goes on."""
+    if attention_mask is not None and len(attention_mask) != rows:
+        raise UserError(f"attention_mask has {len(attention_mask)} rows, but input_ids has {rows}; give one per prompt")
 
 
 def check_positions(position_ids: Tensor, valid: Tensor, following: Tensor) -> None:
@@ -173,7 +251,7 @@ def check_positions(position_ids: Tensor, valid: Tensor, following: Tensor) -> N
         row = int(wrong[:, 0].int().argmax())
         raise UserError(
             f"position_ids of the new tokens start at {int(start[row])}, but the cache goes on at {int(following[row])}; "
-            f"{WHOLE}"
+            f"{WHOLE}, and prefill padded prompts by generate (a forward without position_ids counts padding)"
         )
 
 

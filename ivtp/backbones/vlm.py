@@ -24,8 +24,10 @@ from ivtp.backbones.pruned_cache import (
     behind,
     check_continuation,
     check_positions,
+    check_prompt_mask,
     fill,
     join,
+    newly_hidden,
     next_position,
 )
 from ivtp.backbones.replacing import Latest
@@ -139,8 +141,6 @@ class PrunedModel:
             raise UserError("videos cannot be pruned here; give their frames as images")
         if inputs_embeds is not None or input_ids is None:
             raise UserError("under pruning, give input_ids: the image tokens cannot be found in inputs_embeds")
-        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
-            raise UserError("under pruning, attention_mask must have one row per prompt and one column per token")
         if use_cache is None:
             use_cache = self.decoder.config.use_cache
         if use_cache and cache is None:
@@ -150,19 +150,21 @@ class PrunedModel:
                 f"{type(cache).__name__}: pruning leaves a different length in each layer, which only DynamicCache can "
                 "hold; leave cache_implementation out, or use 'dynamic' or 'offloaded'"
             )
+        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+            raise UserError("under pruning, attention_mask must have one row per prompt and one column per token")
         if cache is not None and cache.get_seq_length() > 0:
             return self._decode(input_ids, attention_mask, position_ids, cache, inputs)
         return self._prefill(input_ids, attention_mask, position_ids, cache, inputs)
 
     def _prefill(self, input_ids, attention_mask, position_ids, cache, inputs) -> PrunedOutput:
+        check_prompt_mask(input_ids, attention_mask)
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         padded = attention_mask is not None and not bool(valid.all())
         if padded and (self.plan.language is not None or self.read_at) and not bool(valid[:, -1].all()):
             raise UserError(
                 "a prompt ends in padding, but its last token is needed; pad on the left (tokenizer.padding_side='left')"
             )
-        pictures = self.front.pictures(input_ids, inputs)
-        held = self._share_out(input_ids, pictures)
+        pictures, held = self._pictures(input_ids, inputs)
         looks, vision = look(self.front, self.planner, pictures, self.vision_batch, self.part, self.shared)
         positions = self.front.positions(input_ids, attention_mask, position_ids, inputs)
 
@@ -192,7 +194,7 @@ class PrunedModel:
         self.trace = replace(trace, vision=vision)
         if cache is not None:
             image = (input_ids == self.model.config.image_token_id) & valid
-            fill(cache, memory, keys, positions, image, self.origin)
+            fill(cache, memory, keys, positions, image, valid, self.origin)
         whole = next(iter(looks.values()))[1].features if len(looks) == 1 else None
         return PrunedOutput(
             last_hidden_state=hidden,
@@ -214,9 +216,10 @@ class PrunedModel:
         valid = (
             torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask[:, -n:].bool()
         )
-        # Asked of the new tokens only where the answer matters: a GPU makes all wait for it.
-        padded = attention_mask is not None and (cache.layers[0].keys_seen.padded or not bool(valid.all()))
+        hidden = None if attention_mask is None else newly_hidden(cache, attention_mask)
         following = next_position(cache)
+        if hidden is not None and not (self.front.counts_padding and position_ids is None):
+            following = following - hidden.sum(1, keepdim=True)
         if position_ids is not None:
             check_positions(position_ids, valid, following)
         elif self.front.counts_padding:
@@ -224,6 +227,11 @@ class PrunedModel:
         else:
             position_ids = following + valid.cumsum(1) - 1
         rope = self.front.positions(input_ids, None, position_ids, {})
+        if hidden is not None:
+            for layer in cache.layers:
+                layer.hide(hidden)
+        # Asked of the new tokens only where the answer matters: a GPU makes all wait for it.
+        padded = attention_mask is not None and (cache.layers[0].keys_seen.padded or not bool(valid.all()))
         nothing = torch.zeros_like(valid)
         facts = Facts(0, padded, lone=False)
         tokens = Tokens.of(self._embed(input_ids), nothing, nothing, valid=valid, facts=facts)
@@ -235,6 +243,18 @@ class PrunedModel:
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         return self.core.get_input_embeddings()(input_ids)
+
+    def _pictures(self, input_ids: Tensor, inputs: dict) -> tuple[list[Picture], list[list[int]]]:
+        """The images of a batch, and the numbers of those of each prompt. `generate` repeats prompts for its beams, but
+        not their images."""
+        beams = inputs.get("beams", 1)
+        prompts = input_ids[::beams]
+        pictures = self.front.pictures(prompts, inputs)
+        held = self._share_out(prompts, pictures)
+        if beams == 1:
+            return pictures, held
+        pictures = [pictures[i] for own in held for _ in range(beams) for i in own]
+        return pictures, self._share_out(input_ids, pictures)
 
     def _share_out(self, input_ids: Tensor, pictures: Sequence[Picture]) -> list[list[int]]:
         """Numbers of the pictures of each prompt, in order: as many as fill its image tokens."""

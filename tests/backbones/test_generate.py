@@ -1,6 +1,7 @@
 """The contract of `generate` inside `ivtp.prune`: works as in transformers, equal to recomputation, or refused in one line."""
 
 import copy
+import io
 import threading
 from contextlib import nullcontext
 
@@ -84,6 +85,83 @@ def test_turns_go_on_as_if_the_whole_conversation_were_recomputed(kind, name):
     full, _ = family_logits(model, first, sequences, trace, grown(mask3))
     close(second, full[:, whole.shape[1] - 1 : whole.shape[1] + 2], 3e-5)
     close(third, full[:, -4:-1], 3e-5)
+
+
+def ended(answers, eos: int):
+    """The mask of answers "b n": 0 behind the first EOS."""
+    is_eos = (answers == eos).long()
+    return (is_eos.cumsum(1) - is_eos == 0).long()
+
+
+@pytest.mark.parametrize("name", ["fastv", "ats"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rows_that_ended_early_go_on_in_the_next_turn(kind, name):
+    """Batched chat: `generate` pads the row that ended with EOS, and only the next turn's mask says so."""
+    model, first = family(kind)[0], batch(kind)
+    n = first["input_ids"].shape[1]
+    with ivtp.prune(model, name, **settings(kind, name)) as run:
+        eos = int(answer(model, 2, **first)[0].sequences[0, n + 1])
+        out, _ = answer(model, 4, eos_token_id=eos, pad_token_id=0, **first)
+        trace, cache = run.trace, out[CACHE]
+        done = ended(out.sequences[:, n:], eos)
+        assert not done[0, -1] and done[1:].sum() > 2, "row 0 must end before another row"
+        known = torch.cat([first["attention_mask"], done], 1)
+        more, mask2 = question(known, 5, 1)
+        whole = torch.cat([out.sequences, more], 1)
+        branch = copy.deepcopy(cache)
+        out, second = answer(model, 4, cache=cache, input_ids=whole, attention_mask=mask2)
+        if kind.startswith("qwen"):  # other families' own forward counts padding
+            new = whole[:, branch.get_seq_length() :]
+            close(model(input_ids=new, attention_mask=mask2, **{CACHE: branch}).logits[:, -1], second[:, 0], 3e-5)
+        done = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+        known = torch.cat([mask2, done], 1)
+        more, mask3 = question(known, 1, 2, padded=False)
+        asked = torch.cat([out.sequences, more], 1)
+        last, third = answer(model, cache=cache, input_ids=asked, attention_mask=mask3)
+    full, _ = family_logits(model, first, out.sequences, trace, grown(mask2, 4))
+    close(second, full[:, -5:-1], 3e-5)
+    full, _ = family_logits(model, first, last.sequences, trace, grown(mask3))
+    close(third, full[:, -4:-1], 3e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_beams_and_samples_see_the_images_of_their_own_prompt(kind):
+    """Of prompts with no image, one and several: every beam of a prompt starts from the same logits as its greedy answer."""
+    model = family(kind)[0]
+    size = (35, 35) if kind == "llava" else (84, 70)
+    first = encode(kind, TEXTS, [[photo(*size, 1), photo(*size, 2)], [], [photo(*size, 3)]])
+    with ivtp.prune(model, "fastv", keep=VISUAL[kind]) as run:
+        expected = answer(model, 1, **first)[1]
+        beams = answer(model, 1, num_beams=3, **first)[1]
+        assert len(run.trace.kept.position) == 9
+        samples = answer(model, 1, do_sample=True, num_return_sequences=2, **first)[1]
+        uncached = answer(model, 1, num_beams=2, use_cache=False, **first)[1]
+    close(beams, expected.repeat_interleave(3, 0), 3e-5)
+    close(samples, expected.repeat_interleave(2, 0), 3e-5)
+    close(uncached, expected.repeat_interleave(2, 0), 3e-5)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_beams_go_on_from_a_repeated_cache(kind):
+    """One cached prompt for each beam; topk does not read the text, so a new prefill of everything is the oracle."""
+    model, first = family(kind)[0], batch(kind)
+    beams = {"num_beams": 2, "output_scores": True}
+    with ivtp.prune(model, "topk", keep=VISUAL[kind]):
+        cache = answer(model, 3, **first)[0][CACHE]
+        n = cache.get_seq_length()
+        out, _ = answer(model, 3, **first)
+        more, mask = question(grown(first["attention_mask"]), 4, 1)
+        whole = torch.cat([out.sequences, more], 1)
+        anew = {k: v for k, v in first.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        if "mm_token_type_ids" in first:
+            anew["mm_token_type_ids"] = (whole == model.config.image_token_id).int()
+        asked = {"input_ids": whole, "attention_mask": mask}
+        expected, _ = answer(model, **asked, **beams, **anew)
+        cache.batch_repeat_interleave(2)
+        assert cache.get_seq_length() == n
+        found, _ = answer(model, cache=cache, **asked, **beams)
+    assert torch.equal(found.sequences, expected.sequences)
+    close(found.sequences_scores, expected.sequences_scores, 3e-5)
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
@@ -289,6 +367,20 @@ REFUSED = {
         lambda m, b: answer(m, cache=StaticCache(config=m.config.text_config, max_cache_len=99), **b),
         "StaticCache: pruning leaves",
     ),
+    "fewer rows": (
+        lambda m, b: [c := m(**b)[CACHE], c.batch_repeat_interleave(3), m(torch.tensor([[7]]), **{CACHE: c})],
+        "holds 3 prompts, but input_ids has 1 rows; .*batch_select_indices",
+    ),
+    "prompt lookup in a later turn": (
+        lambda m, b: continued(m, b, input_ids=doubled(b)[:, :-9], prompt_lookup_num_tokens=2),
+        "assisted generation cannot go on from a filled cache",
+    ),
+    "an assistant in a later turn": (
+        lambda m, b: continued(m, b, input_ids=doubled(b)[:, :-9], assistant_model=m),
+        "assisted generation cannot go on from a filled cache",
+    ),
+    "continuous batching": (lambda m, b: m.generate_batch([[5, 6, 7]]), "generate_batch: .* call generate on a padded"),
+    "a manager of it": (lambda m, b: m.init_continuous_batching(), "init_continuous_batching: .* call generate on"),
     "image tokens cropped": (lambda m, b: m(**b)[CACHE].crop(-30), r"at most \d+ tokens, those behind the last image"),
 }
 
@@ -308,6 +400,92 @@ def test_what_would_be_wrong_is_refused_in_one_line(what):
     with ivtp.prune(model, "ivtp", keep=11), pytest.raises(UserError, match=message) as error:
         call(model, first)
     assert "\n" not in str(error.value)
+
+
+def turned(row: int | None, place: int | None):
+    """Turn 2 with one wrong number in the mask of what is cached, at a place behind the prompt; None: of padding."""
+
+    def call(model, first, cache, sequences):
+        mask = grown(first["attention_mask"], 5)
+        column = 0 if place is None else first["input_ids"].shape[1] + place
+        padded = int(mask[:, 0].argmin()) if place is None else row
+        assert mask[padded, column] == (place is not None)
+        mask[padded, column] = place is None
+        more = torch.tensor([[9, 8]]).expand(3, -1)
+        answer(model, cache=cache, input_ids=torch.cat([sequences, more], 1), attention_mask=mask)
+
+    return call
+
+
+WRONG_BATCH = {
+    "a prompt's word": (turned(1, -1), "hides 1 tokens of row 1 that the cache holds as visible"),
+    "an answer's first word": (turned(2, 0), "hides 1 tokens of row 2 that the cache holds as visible"),
+    "padding": (turned(None, None), r"shows 1 tokens of row \d that the cache holds as padding"),
+    "one row": (
+        lambda m, b, cache, ids: answer(
+            m, cache=cache, input_ids=ids[:1], attention_mask=grown(b["attention_mask"])[:1]
+        ),
+        "holds 3 prompts, but input_ids has 1 rows; select .*batch_select_indices",
+    ),
+    "four rows": (
+        lambda m, b, cache, ids: answer(m, cache=cache, input_ids=ids[[0, 0, 1, 2]]),
+        "holds 3 prompts, but input_ids has 4 rows; select .*batch_select_indices",
+    ),
+    "six rows": (
+        lambda m, b, cache, ids: answer(m, cache=cache, input_ids=ids.repeat(2, 1)),
+        "holds 3 prompts, but input_ids has 6 rows; repeat .*batch_repeat_interleave",
+    ),
+    "a mask of one row": (
+        lambda m, b, cache, ids: answer(m, cache=cache, input_ids=ids, attention_mask=grown(b["attention_mask"])[:1]),
+        "attention_mask has 1 rows, but input_ids has 3",
+    ),
+    "a wide mask": (
+        lambda m, b, *_: answer(m, **b | {"attention_mask": b["attention_mask"].repeat(1, 2)}),
+        r"attention_mask is \(3, \d+\), but input_ids is \(3, \d+\)",
+    ),
+    "a mask of other rows": (
+        lambda m, b, *_: m(**b | {"attention_mask": b["attention_mask"][:2]}),
+        r"attention_mask is \(2, \d+\), but input_ids is \(3, \d+\)",
+    ),
+    "a static cache": (
+        lambda m, b, *_: answer(m, cache_implementation="static", **b),
+        "leave cache_implementation out",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_a_batch_that_does_not_fit_is_refused_in_one_line(kind):
+    """Masks and rows other than those of the cache or the prompts; the cache can still be continued rightly."""
+    model, first = family(kind)[0], batch(kind)
+    with ivtp.prune(model, "topk", keep=VISUAL[kind]):
+        out, _ = answer(model, **first)
+        for what, (call, message) in WRONG_BATCH.items():
+            with pytest.raises(UserError, match=message) as error:
+                call(model, first, out[CACHE], out.sequences)
+            assert "\n" not in str(error.value), what
+        more, mask = question(grown(first["attention_mask"]), 2, 1, padded=False)
+        asked = {"input_ids": torch.cat([out.sequences, more], 1), "attention_mask": mask}
+        expected = answer(model, cache=answer(model, **first)[0][CACHE], **asked)[1]
+        assert torch.equal(answer(model, cache=out[CACHE], **asked)[1], expected)
+
+
+def test_a_pickled_cache_can_be_read_but_not_continued():
+    """Tensors and lengths survive `torch.save`; which model and plan filled it cannot."""
+    model, first, file = family("llava")[0], batch("llava", TEXTS[:1]), io.BytesIO()
+    with ivtp.prune(model, "topk", keep=11):
+        cache = model(**first)[CACHE]
+        torch.save(cache, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert loaded.get_seq_length() == cache.get_seq_length()
+        for ours, theirs in zip(cache.layers, loaded.layers, strict=True):
+            assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+        with pytest.raises(UserError, match="not filled under the pruning that is in force"):
+            model(input_ids=torch.tensor([[7]]), **{CACHE: loaded})
+        model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
+    with pytest.raises(UserError, match="start without a cache"):
+        model(input_ids=torch.tensor([[7]]), **{CACHE: loaded})
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
