@@ -60,6 +60,9 @@ def test_our_own_pruners_are_covered_by_the_hash_of_the_package():
 
 
 PROCESSOR = SimpleNamespace(image_processor=None)
+READ = ["config.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "modeling_own.py", "model.safetensors"]
+READ += ["model-00001-of-00002.safetensors", "clip/vocab.txt", "additional_chat_templates/tool.jinja"]
+"""Files of a checkpoint that loading may read."""
 
 
 def identity_of(model, source: str) -> dict:
@@ -94,20 +97,7 @@ def test_encoders_too(tmp_path, monkeypatch):
     assert None not in hashes and hashes[0] != hashes[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "config.json",
-        "chat_template.jinja",
-        "tokenizer.model",
-        "merges.txt",
-        "modeling_own.py",
-        "model.safetensors",
-        "model-00001-of-00002.safetensors",
-        "clip/vocab.txt",
-        "additional_chat_templates/tool.jinja",
-    ],  # fmt: skip
-)
+@pytest.mark.parametrize("name", READ)
 def test_an_edit_of_any_file_that_loading_reads_makes_new_results(name, tmp_path):
     """A chat template decides what the model reads as much as its weights do."""
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -95,7 +95,7 @@ def _on_the_hub(source: str) -> str:
     if _is_path(source) or len(Path(source).parts) != 2:
         return ""
     owner = Path(source).parts[0]
-    return f" ({source} was read as a path because a folder {owner!r} is here; {source}@main is always the hub's)"
+    return f" ({source} was read as a path because a folder {owner!r} is here; write {source}@main for the hub's)"
 
 
 def _snapshot(wanted: dict) -> str:

@@ -119,7 +119,7 @@ def test_what_is_a_folder(tmp_path, monkeypatch):
 def test_a_folder_of_the_owners_name_hides_the_hub_until_a_revision_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openai").mkdir()
-    words = ["was read as a path because a folder 'openai' is here", "openai/clip@main is always the hub's"]
+    words = ["was read as a path because a folder 'openai' is here", "write openai/clip@main for the hub's"]
     refused("openai/clip", "model folder openai/clip does not exist", *words)
     for source, revision in (("openai/clip@main", None), ("openai/clip", "main")):
         refused(source, "openai/clip@main is neither a folder here nor, whole, in the cache", revision=revision)
