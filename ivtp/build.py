@@ -11,10 +11,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ivtp.backbones.companions import text_checkpoint
+from ivtp.backbones.hub import CODE, SMALL, Checkpoint
 from ivtp.backbones.image_inputs import limit_crops, padding_of
 from ivtp.data.batches import CHAT, Collate, QuestionData
-from ivtp.encoders import EMBEDDED_ENCODERS
-from ivtp.models import EMBEDDED, load_model, shape_of, source_shape
+from ivtp.models import load_model, shape_of, source_shape
 from ivtp.pruners import PRUNERS, load_pruner
 from ivtp.pruners.budget import solve
 from ivtp.pruners.planner import Planner
@@ -244,14 +244,21 @@ def planner_of(row: dict, shape: Shape, settings: dict, keep: int | None) -> Pla
 def model_identity(config: DictConfig, model, processor) -> dict:
     """Source of the model, a hash of its files or its commit on the hub, its type, and how its processor makes images
     square or limits their crops."""
-    source, commit = str(config.model.source), getattr(model, "_commit_hash", None)
-    folder = Path((EMBEDDED | EMBEDDED_ENCODERS).get(source, source))
-    files = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")] if folder.is_dir() else []
+    checkpoint = getattr(model, "_checkpoint", None)  # None: random weights
     dtype = str(getattr(model, "dtype", None) or next(model.parameters()).dtype).removeprefix("torch.")
     more = {name: config.model[name] for name in ("library", "pretrained", "neighbours") if name in config.model}
     images = {"image_padding": padding_of(processor.image_processor), "max_crops": config.model.get("max_crops")}
     more |= {name: value for name, value in images.items() if value is not None and not is_encoder(config)}
-    return {"source": source, "hash": commit or (fingerprint(files) if files else None), "dtype": dtype} | more
+    found = None if checkpoint is None else checkpoint_hash(checkpoint)
+    return {"source": str(config.model.source), "hash": found, "dtype": dtype} | more
+
+
+def checkpoint_hash(checkpoint: Checkpoint) -> str:
+    """The commit of a checkpoint on the hub, or a hash of the files of its folder that loading may read."""
+    if checkpoint.commit is not None:
+        return checkpoint.commit
+    patterns = (*SMALL, *CODE, "*.safetensors")
+    return fingerprint([p for pattern in patterns for p in checkpoint.folder.rglob(pattern) if p.is_file()])
 
 
 def reads_text(row: Row) -> bool:
@@ -267,8 +274,7 @@ def text_identity(model, rows: list[Row]) -> dict | None:
     checkpoint = text_checkpoint(model) if any(map(reads_text, rows)) else None
     if checkpoint is None:
         return None
-    files = [p for p in checkpoint.folder.iterdir() if p.suffix in (".safetensors", ".json")]
-    return {"source": checkpoint.source, "hash": checkpoint.commit or fingerprint(files)}
+    return {"source": checkpoint.source, "hash": checkpoint_hash(checkpoint)}
 
 
 def pruner_source(name: str) -> str | None:

@@ -47,6 +47,8 @@ CHOICES = {
     "trainer.compile": (None, "default", "reduce-overhead"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "model.image_padding": (None, "pad", "crop"),
+    "model.load_in_4bit": (False, True),
+    "model.trust_remote_code": (False, True),
     "position_ids": ("keep", "renumber"),
     "evaluate": (True, False),
     "measure": (True, False),
@@ -55,6 +57,7 @@ CHOICES = {
     "data.answers": ("any", "vqa"),
 }
 TEXTS = ("name", "output", "model.source", "model.prompt", "data.path", "data.task")
+OPTIONAL_TEXTS = ("model.text_encoder", "model.attn_implementation", "model.revision")
 
 
 class ConfigError(UserError):
@@ -151,6 +154,13 @@ def check(config: DictConfig) -> None:
             continue  # the task's own data set
         if not isinstance(value, str) or not value.strip():
             raise ConfigError(f"{key}={value!r} must be a text that is not empty")
+    for key in OPTIONAL_TEXTS:
+        value = OmegaConf.select(config, key)
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise ConfigError(
+                f"{key}={value!r} must be null or a text that is not empty; quote one that reads as a number: "
+                f"\"{key}='12'\""
+            )
     if Path(config.name).name != config.name:
         raise ConfigError(f"name={config.name!r} must be the name of one folder; choose its place with output=FOLDER")
     if not isinstance(config.budget, DictConfig):

@@ -6,14 +6,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ivtp.backbones import ModelError
-from ivtp.backbones.checkpoints import check_finite, read_config
-from ivtp.backbones.hub import SMALL, WEIGHTS, Checkpoint, fetch, one_line
+from ivtp.backbones.checkpoints import check_device, check_finite, read_config
+from ivtp.backbones.hub import SMALL, WEIGHTS, Checkpoint, fetch, local, one_line
 from ivtp.backbones.text_encoders import (
     CONFIG,
     OPEN_CLIP,
@@ -56,7 +55,7 @@ class Encoder:
     feel    pixels → features that are compared with those of other images; default: `see`
     labels  classes of the classifier; 0: it has none
     whole   the transform shows the whole of a square picture
-    commit  revision of the checkpoint on the hub, where it came from there
+    checkpoint  where the weights came from; None: they are random
     """
 
     model: nn.Module
@@ -66,7 +65,7 @@ class Encoder:
     feel: Callable[[Tensor], Tensor] | None = None
     labels: int = 0
     whole: bool = True
-    commit: str | None = None
+    checkpoint: Checkpoint | None = None
     _sort: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     def logits(self, pixels: Tensor) -> Tensor:
@@ -132,11 +131,12 @@ def load_encoder(
     """
     if library not in LIBRARIES:
         raise ModelError(unknown("model.library", str(library), LIBRARIES))
+    check_device(device)
     encoder = LIBRARIES[library](source, pretrained, revision, attn_implementation)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     encoder.model.eval().requires_grad_(False).to(device=device, dtype=wanted)
     check_finite(source, encoder.model)
-    encoder.model._commit_hash = encoder.commit  # so that a record can say it
+    encoder.model._checkpoint = encoder.checkpoint  # so that a record can say it
     return encoder
 
 
@@ -152,10 +152,10 @@ def encoder_shape(library: str, source: str, revision: str | None = None) -> Sha
 def _timm(source: str, pretrained: bool, revision: str | None, _) -> Encoder:
     import timm
 
-    where, commit = source.rsplit("/", 1)[-1], None
-    if pretrained or Path(source).is_dir():
+    where, found = source.rsplit("/", 1)[-1], None
+    if pretrained or local(source).is_dir():
         found = _fetched(source, revision, ["config.json"], ["model.safetensors"])
-        where, commit = f"local-dir:{found.folder}", found.commit
+        where = f"local-dir:{found.folder}"
     with one_line(source):
         model = timm.create_model(where, pretrained=pretrained)
     settings = timm.data.resolve_model_data_config(model)
@@ -167,23 +167,23 @@ def _timm(source: str, pretrained: bool, revision: str | None, _) -> Encoder:
     def feel(pixels: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(pixels), pre_logits=True)
 
-    return Encoder(model, transform, model, feel=feel, labels=model.num_classes, whole=whole, commit=commit)
+    return Encoder(model, transform, model, feel=feel, labels=model.num_classes, whole=whole, checkpoint=found)
 
 
 def _open_clip(source: str, pretrained: bool, revision: str | None, _) -> Encoder:
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    where, commit, weights, quick = source, None, OPEN_CLIP_WEIGHTS, None
+    where, found, weights, quick = source, None, OPEN_CLIP_WEIGHTS, None
     if source.startswith(OPEN_CLIP):
         named = open_clip_named(source, revision)
         where, source, revision, weights = named.name, named.repository, named.revision, named.weights
         quick = bool(named.model.get("quick_gelu"))
-    if pretrained or Path(source).is_dir():
+    if pretrained or local(source).is_dir():
         # A repository may hold the same weights twice, for transformers or timm too.
         small = [CONFIG, "*token*", "vocab*", "merges.txt", "*.model"]
         found = _fetched(source, revision, small, weights)
-        where, commit = f"local-dir:{found.folder}", found.commit
+        where = f"local-dir:{found.folder}"
         quick = trained_with_quick_gelu(found.source) if quick is None else quick
     device = torch.get_default_device()  # "meta" for the sizes alone
     with one_line(source), hushed():
@@ -203,14 +203,14 @@ def _open_clip(source: str, pretrained: bool, revision: str | None, _) -> Encode
     def read(texts: list[str]) -> Tensor:
         return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
 
-    return Encoder(model, transform, model.encode_image, read, commit=commit)
+    return Encoder(model, transform, model.encode_image, read, checkpoint=found)
 
 
 def _transformers(source: str, pretrained: bool, revision: str | None, attn_implementation: str | None) -> Encoder:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     if source in EMBEDDED_ENCODERS:
-        return _embedded(EMBEDDED_ENCODERS[source])
+        return _embedded(Checkpoint(source, EMBEDDED_ENCODERS[source]))
     if not pretrained:
         raise ModelError(
             "pretrained=false: transformers' encoders are loaded with their weights; give a folder of them"
@@ -225,7 +225,7 @@ def _transformers(source: str, pretrained: bool, revision: str | None, attn_impl
         model = AutoModel.from_pretrained(checkpoint.folder, use_safetensors=True, **settings)
         images = AutoImageProcessor.from_pretrained(checkpoint.folder)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    return _dual(model, images, tokenizer, checkpoint.commit)
+    return _dual(model, images, tokenizer, checkpoint)
 
 
 def _clip_config(source: str, revision: str | None):
@@ -244,7 +244,7 @@ def _clip_config(source: str, revision: str | None):
     return checkpoint, config
 
 
-def _dual(model: nn.Module, image_processor, tokenizer, commit: str | None) -> Encoder:
+def _dual(model: nn.Module, image_processor, tokenizer, checkpoint: Checkpoint) -> Encoder:
     """A CLIP or SigLIP of transformers; SigLIP was trained on texts that are padded to its whole context."""
     padding = "max_length" if model.config.model_type == "siglip" else True
 
@@ -263,21 +263,21 @@ def _dual(model: nn.Module, image_processor, tokenizer, commit: str | None) -> E
     def see(pixels: Tensor) -> Tensor:
         return model.get_image_features(pixels).pooler_output
 
-    return Encoder(model, image_processor, see, read, whole=whole, commit=commit)
+    return Encoder(model, image_processor, see, read, whole=whole, checkpoint=checkpoint)
 
 
-def _embedded(folder: Path) -> Encoder:
+def _embedded(checkpoint: Checkpoint) -> Encoder:
     """The vision tower of the embedded LLaVA and the text half beside it: one CLIP, as it was trained."""
     from safetensors.torch import load_file
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
-    half = "vision_tower."
+    folder, half = checkpoint.folder, "vision_tower."
     tower = {k: v for k, v in load_file(folder / "model.safetensors").items() if k.startswith(half)}
     weights = {f"vision_model.{key.removeprefix(half)}": value for key, value in tower.items()}
     model = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
     model.load_state_dict(weights | load_file(folder / "clip" / "model.safetensors"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "clip")
-    return _dual(model, AutoImageProcessor.from_pretrained(folder), tokenizer, None)
+    return _dual(model, AutoImageProcessor.from_pretrained(folder), tokenizer, checkpoint)
 
 
 @contextmanager

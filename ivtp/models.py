@@ -14,8 +14,9 @@ from threading import Lock
 from torch import Tensor, nn
 
 from ivtp.backbones import LANGUAGE, ModelError, family, unwrapped
-from ivtp.backbones.checkpoints import check_finite, check_weight_files, read_config
-from ivtp.backbones.hub import SMALL, WEIGHTS, fetch, one_line
+from ivtp.backbones.checkpoints import check_device, check_finite, check_weight_files, read_config
+from ivtp.backbones.guidance import TextEncoder
+from ivtp.backbones.hub import CODE, SMALL, WEIGHTS, fetch, one_line
 from ivtp.backbones.image_inputs import configure, limit_crops, warn_if_cropped
 from ivtp.backbones.shared import SharedVision
 from ivtp.pruners.planner import Fixed, Planner
@@ -31,7 +32,7 @@ EMBEDDED = {"tiny": ASSETS / "tiny"}
 def load_model(
     source: str | Path | nn.Module,
     processor=None,
-    text_encoder=None,
+    text_encoder: str | Path | TextEncoder | None = None,
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -49,7 +50,7 @@ def load_model(
     source        "tiny" (embedded), a folder, a hub id (`owner/name` or `owner/name@revision`), or a model that you already
                   have (then give its processor)
     text_encoder  the CLIP text encoder paired with the vision tower: a folder or hub id in transformers' or open_clip's
-                  format, "open_clip:NAME@TAG" (each may end in @revision), or an object with `encode` and `project`;
+                  format, "open_clip:NAME@TAG" (each may end in @revision), or a `guidance.TextEncoder` of your own;
                   default: the folder `clip` inside the checkpoint, or the CLIP that the tower is known to come from. It
                   is loaded only when a plan asks for it, its text half alone.
     device_map    accelerate's: where each part of the model goes, in place of `device`
@@ -61,11 +62,16 @@ def load_model(
                   mean colour, as LLaVA-1.5 was trained and is evaluated, or "crop" at the centre; default: as the checkpoint
                   has it. A warning says so if a LLaVA checkpoint crops by default.
     max_crops     the most crops that an image is cut into besides the whole (LLaVA-NeXT, LLaVA-OneVision); default: as the
-                  checkpoint has it. LLaVA-OneVision interpolates the features of images of more than `anyres_max` (9)
-                  crops, which a tower cannot prune: with max_crops=9 there are no such images.
-    Both settings change the processor (and `max_crops` the model's config) in place, also those that you give.
+                  checkpoint has it. LLaVA-OneVision interpolates the features of images of more than N crops, which a
+                  tower cannot prune: with max_crops=N there are none (N=9 for `anyres_max_9`, the published ones).
+    Both settings change the processor (and `max_crops` the model's config) in place, also those that you give; each call
+    starts from all grids of the checkpoint, so that one without `max_crops` lifts an earlier limit.
     Raises ModelError, in one line, for what is missing, truncated, or not stored as safetensors.
     """
+    from ivtp.backbones.companions import accompany, as_text_encoder, crop_limit_of
+
+    check_device(device)
+    text_encoder = as_text_encoder(text_encoder)
     if isinstance(source, nn.Module):
         model = source
         where = getattr(source, "name_or_path", "") or ""
@@ -78,7 +84,6 @@ def load_model(
             warn_if_cropped(str(source), model, found)
         processor = processor or found
     from ivtp.backbones import packed
-    from ivtp.backbones.companions import accompany
 
     model = model.eval().requires_grad_(False)
     if isinstance(source, nn.Module) or not placed:
@@ -86,7 +91,7 @@ def load_model(
     check_finite(str(source) if isinstance(source, (str, Path)) else type(source).__name__, model)
     if pack:
         packed.pack(model)
-    limit = configure(model, processor, image_padding, max_crops)
+    limit = configure(model, processor, image_padding, max_crops, crop_limit_of(unwrapped(model)))
     accompany(unwrapped(model), processor, text_encoder or _clip_inside(where), pack, limit)
     return model, processor
 
@@ -106,7 +111,7 @@ def _placed(device: str, device_map: str | dict | None, load_in_4bit: bool) -> d
 def _from_pretrained(where: str, dtype: str, revision: str | None, trust_remote_code: bool, more: dict):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    code = ["*.py"] if trust_remote_code else []
+    code = CODE if trust_remote_code else []
     checkpoint, config = _config(where, revision, trust_remote_code)
     if checkpoint.commit is not None:
         checkpoint = fetch(checkpoint.source, checkpoint.commit, [*SMALL, *code, *WEIGHTS, "clip/model.safetensors"])
@@ -124,7 +129,7 @@ def _from_pretrained(where: str, dtype: str, revision: str | None, trust_remote_
         processor = AutoProcessor.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     if info["missing_keys"]:
         raise ModelError(f"{where} lacks weights, e.g. {sorted(info['missing_keys'])[0]}; the checkpoint is incomplete")
-    model._commit_hash = checkpoint.commit
+    model._checkpoint = checkpoint  # so that a record can say it
     return model, processor, checkpoint.folder
 
 
@@ -132,7 +137,7 @@ def _config(where: str, revision: str | None, trust_remote_code: bool = False):
     """The small files of a checkpoint and its config, if it is of a supported language-vision family."""
     from transformers import AutoConfig
 
-    checkpoint = fetch(where, revision, [*SMALL, *(["*.py"] if trust_remote_code else [])])
+    checkpoint = fetch(where, revision, [*SMALL, *(CODE if trust_remote_code else [])])
     read_config(checkpoint)
     if checkpoint.commit is None:
         check_weight_files(checkpoint)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 from conftest import llava, plan_of
 from omegaconf import OmegaConf
+from test_encoders import clip_folder
 
+import ivtp
 from ivtp import build
+from ivtp.backbones.hub import Checkpoint
+from ivtp.encoders import load_encoder
+from ivtp.models import EMBEDDED
 from ivtp.pruners import PRUNERS
 
 
@@ -53,18 +59,69 @@ def test_our_own_pruners_are_covered_by_the_hash_of_the_package():
     assert build.pruner_source("ivtp") is None
 
 
-def test_a_commit_that_moves_is_another_model(monkeypatch):
-    config = OmegaConf.create({"model": {"source": "llava-hf/llava-1.5-7b-hf"}})
+PROCESSOR = SimpleNamespace(image_processor=None)
+READ = ["config.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "modeling_own.py", "model.safetensors"]
+READ += ["model-00001-of-00002.safetensors", "clip/vocab.txt", "additional_chat_templates/tool.jinja"]
+"""Files of a checkpoint that loading may read."""
+
+
+def identity_of(model, source: str) -> dict:
+    return build.model_identity(OmegaConf.create({"model": {"source": source}}), model, PROCESSOR)
+
+
+def test_a_commit_that_moves_is_another_model(monkeypatch, tmp_path):
     found = []
     for commit in ("a" * 40, "b" * 40):
-        monkeypatch.setattr(llava(), "_commit_hash", commit, raising=False)
-        found.append(build.model_identity(config, llava(), SimpleNamespace(image_processor=None))["hash"])
+        monkeypatch.setattr(llava(), "_checkpoint", Checkpoint("x/y", tmp_path, commit), raising=False)
+        found.append(identity_of(llava(), "x/y")["hash"])
     assert found == ["a" * 40, "b" * 40]
 
 
-def test_only_rows_that_read_the_text_encoder_depend_on_it(monkeypatch, tmp_path):
-    from ivtp.backbones.hub import Checkpoint
+@pytest.mark.parametrize("spelled", ["~/model", "{}/model", "model"])
+def test_a_folder_is_hashed_however_it_is_spelled(spelled, tmp_path, monkeypatch):
+    """Without a hash, an edited checkpoint would keep its old results."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EMBEDDED["tiny"], tmp_path / "model")
+    model, _ = ivtp.load_model(source := spelled.format(tmp_path), image_padding="crop")
+    assert identity_of(model, source)["hash"] == identity_of(ivtp.load_model("tiny")[0], "tiny")["hash"] is not None
+    before = identity_of(model, source)["hash"]
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert identity_of(model, source)["hash"] != before
 
+
+def test_encoders_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    clip_folder(tmp_path)
+    hashes = [identity_of(load_encoder("transformers", source).model, source)["hash"] for source in ("~/", "tiny_clip")]
+    assert None not in hashes and hashes[0] != hashes[1]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_edit_of_any_file_that_loading_reads_makes_new_results(name, tmp_path):
+    """A chat template decides what the model reads as much as its weights do."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("{ }")
+    checkpoint = Checkpoint("x", tmp_path)
+    before = build.checkpoint_hash(checkpoint)
+    (tmp_path / name).write_text("{1}")
+    assert build.checkpoint_hash(checkpoint) != before
+    (tmp_path / name).write_text("{ }")
+    (tmp_path / "README.md").write_text("a note")
+    assert build.checkpoint_hash(checkpoint) == before
+
+
+def test_the_folder_of_a_text_encoder_is_hashed_in_the_same_way(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "text_checkpoint", lambda model: Checkpoint("x", tmp_path))
+    found = []
+    for merges in ("a b", "b a"):
+        (tmp_path / "merges.txt").write_text(merges)
+        found.append(build.text_identity(llava(), [SimpleNamespace(plan=plan_of("ivtp", llava()))])["hash"])
+    assert found[0] != found[1]
+
+
+def test_only_rows_that_read_the_text_encoder_depend_on_it(monkeypatch, tmp_path):
     reads, other = (SimpleNamespace(plan=plan_of(name, llava())) for name in ("ivtp", "random"))
     assert build.reads_text(reads) and not build.reads_text(other)
     asked = []

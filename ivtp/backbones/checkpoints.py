@@ -1,4 +1,4 @@
-"""Checks of a checkpoint before and after its weights are read: its format, its sizes, its numbers."""
+"""Checks of a checkpoint before and after its weights are read: its format, its sizes, its numbers, its device."""
 
 from __future__ import annotations
 
@@ -130,3 +130,18 @@ def check_finite(source: str, model: nn.Module) -> None:
             raise ModelError(
                 f"{source}: weight {name} has NaN or infinite values; the checkpoint is damaged, fetch it anew"
             )
+
+
+def check_device(device: str | int | torch.device) -> None:
+    """Raise ModelError, naming the devices that there are, for one that is not here."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    numbers = range(torch.accelerator.device_count()) if accelerator else ()
+    named = ", ".join(["cpu", *(f"{accelerator.type}:{number}" for number in numbers)])
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"device={device!r} is not a device of torch; here are: {named}") from error
+    if wanted.type in ("cpu", "meta"):
+        return
+    if accelerator is None or wanted.type != accelerator.type or (wanted.index or 0) not in numbers:
+        raise ModelError(f"device={str(device)!r} is not here; here are: {named}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -40,6 +41,21 @@ class Companion:
 
 
 _companions: weakref.WeakKeyDictionary[nn.Module, Companion] = weakref.WeakKeyDictionary()
+
+
+def as_text_encoder(given: str | Path | TextEncoder | None) -> str | TextEncoder | None:
+    """A text encoder as `load_model` accepts it: a source, or an object. Raises ModelError for one of another kind."""
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, Path):
+        return str(given)
+    lacking = [name for name in ("encode", "project", "sizes", "context", "joint") if not hasattr(given, name)]
+    if lacking:
+        raise ModelError(
+            f"text_encoder={type(given).__name__} object lacks {', '.join(lacking)} of ivtp.backbones.guidance.TextEncoder; "
+            "give a folder, a hub id, open_clip:NAME@TAG, or such an object"
+        )
+    return given
 
 
 def accompany(

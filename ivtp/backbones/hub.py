@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from ivtp.backbones import ModelError
 
 SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 """Configs, processors and tokenizers."""
+
+CODE = ["*.py"]
+"""Of a checkpoint that brings its own, which runs only on request."""
 
 WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 """Of transformers and timm, whole or sharded; variants of other precision are left on the hub."""
@@ -28,7 +32,7 @@ class Checkpoint:
 
 def at_revision(source: str, revision: str | None = None) -> tuple[str, str | None]:
     """A source and its revision, which may be spelled inside it: `owner/name@revision`."""
-    if Path(source).exists() or "@" not in source:
+    if "@" not in source or _is_path(source):
         return source, revision
     name, _, inside = source.partition("@")
     if not name or not inside or "@" in inside:
@@ -42,12 +46,25 @@ def at_revision(source: str, revision: str | None = None) -> tuple[str, str | No
     return name, inside
 
 
-def is_folder(source: str) -> bool:
-    """Whether a source names a local folder, existing or not; everything else is `owner/name` on the hub."""
-    path = Path(source)
-    if path.is_absolute() or source.startswith((".", "~")) or source.endswith("/") or path.exists():
+def local(source: str) -> Path:
+    """A source read as a path; `~` is the home directory."""
+    return Path(os.path.expanduser(source))  # Path.expanduser raises for an unknown user
+
+
+def _is_path(source: str) -> bool:
+    """Whether a source exists as a path, or is spelled like none of the hub's."""
+    return Path(source).is_absolute() or source.startswith((".", "~")) or source.endswith("/") or Path(source).exists()
+
+
+def is_folder(source: str, revision: str | None = None) -> bool:
+    """Whether a source names a local folder, existing or not; everything else is `owner/name` on the hub.
+
+    A missing folder inside an existing one (`weights/llava`) is a path, unless a revision says that the hub is meant.
+    """
+    if _is_path(source):
         return True
-    return len(path.parts) != 2 or Path(path.parts[0]).is_dir()
+    parts = Path(source).parts
+    return len(parts) != 2 or (revision is None and Path(parts[0]).is_dir())
 
 
 def fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Checkpoint:
@@ -57,11 +74,12 @@ def fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Checkpo
     serves. Raises ModelError in one line.
     """
     source, revision = at_revision(source, revision)
-    if is_folder(source):
-        folder = Path(source).expanduser()
+    if is_folder(source, revision):
+        folder = local(source)
         if not folder.is_dir():
             raise ModelError(
-                f"model folder {folder} does not exist; give a folder with a config and *.safetensors, or a hub id owner/name"
+                f"model folder {folder} does not exist; give a folder with a config and *.safetensors, or a hub id "
+                f"owner/name{_on_the_hub(source)}"
             )
         if revision is not None:
             raise ModelError(f"revision={revision!r} is for a hub id, but {source!r} is a local folder; leave it out")
@@ -70,6 +88,14 @@ def fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Checkpo
     with one_line(source, revision):
         folder = Path(_snapshot(wanted))
     return Checkpoint(source, folder, folder.name)
+
+
+def _on_the_hub(source: str) -> str:
+    """How to say that a hub is meant, for `owner/name` where a folder of the owner's name is."""
+    if _is_path(source) or len(Path(source).parts) != 2:
+        return ""
+    owner = Path(source).parts[0]
+    return f" ({source} was read as a path because a folder {owner!r} is here; write {source}@main for the hub's)"
 
 
 def _snapshot(wanted: dict) -> str:
@@ -176,7 +202,7 @@ def one_line(where: str, revision: str | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         hub = explain(where, error, revision)
-        loading = (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError)
+        loading = (OSError, ValueError, RuntimeError, KeyError, AssertionError, ImportError, SafetensorError)
         if hub is None and not isinstance(error, loading):
             raise
         raise ModelError(hub or reason(where, error)) from error

@@ -58,18 +58,30 @@ def warn_if_cropped(where: str, model, processor) -> None:
         )
 
 
-def configure(model, processor, image_padding: str | None, max_crops: int | None) -> CropLimit | None:
-    """Apply settings of `load_model` to a model and its processor, in place; returns the limit of crops, if one is set."""
-    if image_padding is not None:
-        image_processor = getattr(processor, "image_processor", None)
-        if image_processor is None:
-            raise ModelError(f"image_padding={image_padding!r} needs the model's processor; give it to ivtp.load_model")
-        processor.image_processor = padded(image_processor, image_padding)
-    if max_crops is None:
-        return None
-    limit = limit_crops(model.config, max_crops)
-    if processor is not None:
-        processor.image_processor.image_grid_pinpoints = [list(grid) for grid in model.config.image_grid_pinpoints]
+def configure(
+    model, processor, image_padding: str | None, max_crops: int | None, earlier: CropLimit | None = None
+) -> CropLimit | None:
+    """Apply settings of `load_model` to a model and its processor, in place; returns the limit of crops, if one is set.
+
+    earlier  the limit of the last call for this model, which is lifted first
+    """
+    image_processor = getattr(processor, "image_processor", None)
+    # A limit is lifted unless the grids were set by hand since.
+    lifted = earlier if earlier and model.config.image_grid_pinpoints == earlier.small else None
+    crops = lifted.crops if lifted and max_crops is None else max_crops
+    for name, value in (("image_padding", image_padding), ("max_crops", crops)):
+        if value is not None and image_processor is None:
+            raise ModelError(f"{name}={value!r} needs the model's processor; give it to ivtp.load_model")
+    squares = image_processor if image_padding is None else padded(image_processor, image_padding)
+    limit = None
+    if max_crops is not None:
+        limit = limit_crops(model.config, max_crops, lifted.grids if lifted else None)
+    elif lifted:
+        model.config.image_grid_pinpoints = [list(grid) for grid in lifted.grids]
+    if squares is not image_processor:
+        processor.image_processor = squares
+    if limit or lifted:
+        squares.image_grid_pinpoints = [list(grid) for grid in model.config.image_grid_pinpoints]
     return limit
 
 
@@ -121,6 +133,11 @@ class CropLimit:
     grids: tuple[tuple[int, int], ...]
     several: bool
 
+    @property
+    def small(self) -> list[list[int]]:
+        """The grids within the limit."""
+        return [list(grid) for grid in self.grids if self.crops_of(grid) <= self.crops]
+
     def crops_of(self, grid: Sequence[int]) -> int:
         return (grid[0] // self.side) * (grid[1] // self.side)
 
@@ -135,12 +152,15 @@ class CropLimit:
         return sum(self.crops_of(grid) > self.crops for grid in chosen)
 
 
-def limit_crops(config, crops: int) -> CropLimit:
+def limit_crops(config, crops: int, grids: Sequence[Sequence[int]] | None = None) -> CropLimit:
     """Restrict the grids of a model's config to those of at most `crops` crops, in place.
 
+    grids  those of the checkpoint, where the config is already restricted
     Raises ModelError for a family without such grids, or if none is that small.
     """
-    grids = getattr(config, "image_grid_pinpoints", None)
+    if isinstance(crops, bool) or not isinstance(crops, int) or crops < 1:
+        raise ModelError(f"max_crops={crops!r} must be a whole number of at least 1, or None")
+    grids = grids or getattr(config, "image_grid_pinpoints", None)
     if not grids:
         raise ModelError(
             f"max_crops={crops} restricts the grids (image_grid_pinpoints) of LLaVA-NeXT and LLaVA-OneVision, which a "
@@ -152,9 +172,15 @@ def limit_crops(config, crops: int) -> CropLimit:
         tuple((int(height), int(width)) for height, width in grids),
         config.model_type not in WHOLE_IF_SEVERAL,
     )
-    small = [list(grid) for grid in limit.grids if limit.crops_of(grid) <= crops]
-    if not small:
+    if not limit.small:
         least = min(map(limit.crops_of, limit.grids))
         raise ModelError(f"max_crops={crops}: the smallest grid of this model has {least} crops; give at least {least}")
-    config.image_grid_pinpoints = small
+    config.image_grid_pinpoints = limit.small
     return limit
+
+
+def advised_crops(config) -> int | None:
+    """The largest `max_crops` with which LLaVA-OneVision interpolates no image; None if it does so at its smallest grid."""
+    most, side = int(config.vision_aspect_ratio.removeprefix("anyres_max_")), config.vision_config.image_size
+    least = min((height // side) * (width // side) for height, width in config.image_grid_pinpoints)
+    return most if least <= most else None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from ivtp.backbones.image_inputs import advised_crops
 from ivtp.backbones.llava import LlavaFront, pruned_by
 from ivtp.backbones.llava import shape as llava_shape
 from ivtp.backbones.pictures import Layout, Picture
@@ -76,7 +78,8 @@ class Crops:
         if bool((packed == packed.round()).all()):
             return Layout(shape, slots)
         blended = replace(shape, crops=1, patches=left, columns=left)
-        return Layout(blended, slots, joins=lambda features: self._pack(features, size, None), rows=crops)
+        joins = partial(self._pack, size=size, newline=None)
+        return Layout(blended, slots, joins=joins, rows=crops, advised=advised_crops(self.config))
 
     def _pack(self, features: Tensor, size: tuple[int, int], newline: Tensor | None) -> Tensor:
         """Features "c v d" of the crops as the model puts them into the prompt "s d"."""

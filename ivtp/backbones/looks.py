@@ -66,10 +66,11 @@ def look_at(
     layout, stack = front.layout(kind), front.stack(kind)
     crops, plan = layout.crops, planner.image(layout.shape)
     if layout.joins is not None and (plan.vision is not None or plan.image is not None):
+        most = layout.advised
+        limit = f"limit its crops (max_crops={most} of ivtp.load_model, model.max_crops={most}), " if most else ""
         raise ValueError(  # of this image alone: a run goes on with the others
             f"an image of {kind[0]} × {kind[1]} pixels (height × width) is interpolated behind the tower, so that its patches "
-            "cannot be cut inside it; limit its crops (max_crops=9 of ivtp.load_model, model.max_crops=9), make it smaller, "
-            "or prune in the language model only"
+            f"cannot be cut inside it; {limit}make it smaller, or prune in the language model only"
         )
     # Beams, and several questions about one image, share its pass through the tower.
     numbers = sample_number(pixels)

@@ -37,6 +37,7 @@ class Layout:
     base   the crop that shows the whole image
     rows   crops, where the language model does not get their visual tokens as they are (`joins`)
     joins  None, or how the model itself blends the visual tokens "c v d" of a whole, unpruned image into those of `slots`
+    advised  the largest `max_crops` with which no image is blended, None: there is none
     """
 
     shape: Shape
@@ -44,6 +45,7 @@ class Layout:
     base: int = 0
     joins: Callable[[Tensor], Tensor] | None = None
     rows: int = 0
+    advised: int | None = None
 
     @property
     def crops(self) -> int:

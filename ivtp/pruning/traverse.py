@@ -60,7 +60,7 @@ def traverse(
     pruning can be told from those of the model.
     """
     cuts = {(cut.layer, cut.after): cut.keep for cut in pruner.schedule} if pruner else {}
-    last = max([layer for layer, _ in cuts], default=-2)  # a list: torch 2.11 compiles no generator here
+    last = max([-2, *(layer for layer, _ in cuts)])  # torch 2.11 compiles no max with a default
     proportional = bool(pruner and pruner.proportional)
     needs = getattr(pruner, "needs", "group") if pruner and pruner.reads_attention else "none"
     seen: list[Attention] = []

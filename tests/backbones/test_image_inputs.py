@@ -182,12 +182,17 @@ def test_with_few_enough_crops_no_image_is_blended_and_every_tower_pruner_works(
     model, processor, token = llava_onevision(limit=1)
     large = photo(70, 70)
     prompt = {"images": [large], "text": [token + TEXTS[0]], "return_tensors": "pt"}
-    with pytest.raises(ValueError) as error, ivtp.prune(model, "topk", keep=11):
-        model(**processor(**prompt))
-    assert "image of 70 × 70 pixels" in str(error.value) and "max_crops=9 of ivtp.load_model" in str(error.value)
-    assert "\n" not in str(error.value)
+
+    def refusal() -> str:
+        with pytest.raises(ValueError) as error, ivtp.prune(model, "topk", keep=11):
+            model(**processor(**prompt))
+        assert "image of 70 × 70 pixels" in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "max_crops" not in refusal()  # every grid has more than one crop
     grids = [*model.config.image_grid_pinpoints, [35, 35]]
     model.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = grids
+    assert "max_crops=1 of ivtp.load_model, model.max_crops=1" in refusal()
     ivtp.load_model(model, processor, max_crops=1)
     inputs = dict(processor(**prompt))
     expected = model(**inputs).logits
@@ -199,6 +204,40 @@ def test_with_few_enough_crops_no_image_is_blended_and_every_tower_pruner_works(
             close(logits[:, -1], expected[:, -1])
         else:
             assert int(run.trace.kept.valid.sum()) == settings["keep"]
+
+
+def test_the_limit_is_the_one_of_the_last_call():
+    """A second call on the same model takes the grids of the checkpoint, not those that the first one left."""
+    model, processor, _ = llava_next()
+    own = [list(grid) for grid in model.config.image_grid_pinpoints]
+
+    def grids_of(*given, **settings):
+        ivtp.load_model(model, *given, **settings)
+        grids = model.config.image_grid_pinpoints
+        assert grids == processor.image_processor.image_grid_pinpoints
+        return max(height * width // 35**2 for height, width in grids), getattr(crop_limit_of(model), "crops", None)
+
+    assert [grids_of(processor, max_crops=most) for most in (2, 3, 2)] == [(2, 2), (3, 3), (2, 2)]
+    for wrong in (1, 0, "3"):  # what is refused changes nothing
+        with pytest.raises(ModelError, match="max_crops"):
+            ivtp.load_model(model, processor, max_crops=wrong)
+    for most in (None, 3):  # the processor would keep its two crops
+        with pytest.raises(ModelError, match=f"max_crops={most or 2} needs the model's processor"):
+            ivtp.load_model(model, None, max_crops=most)
+    assert max(map(tuple, model.config.image_grid_pinpoints)) == (70, 35) and crop_limit_of(model).crops == 2
+    assert grids_of(processor) == (max(height * width for height, width in own) // 35**2, None)
+    assert model.config.image_grid_pinpoints == own
+    grids_of(processor, max_crops=2)
+    model.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = own[1:]  # by hand
+    ivtp.load_model(model, processor)
+    assert model.config.image_grid_pinpoints == own[1:]
+
+
+@pytest.mark.parametrize("crops", ["3", 2.0, True, 0, -1])
+def test_a_limit_is_a_whole_number(crops):
+    model, processor, _ = llava_next()
+    with pytest.raises(ModelError, match=f"max_crops={crops!r} must be a whole number of at least 1, or None"):
+        ivtp.load_model(model, processor, max_crops=crops)
 
 
 def test_a_limit_that_cannot_be_is_refused():

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,9 @@ from conftest import make_llava, word_tokenizer
 
 import ivtp
 from ivtp.backbones import ModelError
-from ivtp.backbones.checkpoints import check_finite, check_sizes, read_config
+from ivtp.backbones.checkpoints import check_device, check_finite, check_sizes, read_config
 from ivtp.backbones.hub import SMALL, Checkpoint, at_revision, fetch, is_folder
+from ivtp.encoders import load_encoder
 
 COMMIT = "c" * 40
 ANSWERS = {
@@ -112,6 +114,63 @@ def test_what_is_a_folder(tmp_path, monkeypatch):
     assert at_revision("owner/name@v1") == ("owner/name", "v1")
     assert at_revision("owner/name@v1", "v1") == ("owner/name", "v1")
     refused("weights/a@b", "revision='v1' is for a hub id", revision="v1")
+
+
+def test_a_folder_of_the_owners_name_hides_the_hub_until_a_revision_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").mkdir()
+    words = ["was read as a path because a folder 'openai' is here", "write openai/clip@main for the hub's"]
+    refused("openai/clip", "model folder openai/clip does not exist", *words)
+    for source, revision in (("openai/clip@main", None), ("openai/clip", "main")):
+        refused(source, "openai/clip@main is neither a folder here nor, whole, in the cache", revision=revision)
+    (tmp_path / "openai" / "clip").mkdir()
+    assert fetch("openai/clip", None, SMALL) == Checkpoint("openai/clip", Path("openai/clip"))
+    refused("openai/clip", "revision='main' is for a hub id", "is a local folder", revision="main")
+    for source in ("./openai/x", "openai/x/y", "x"):  # these are no hub ids in any case
+        refused(source, f"model folder {Path(source)} does not exist")
+
+
+def test_a_home_folder_with_a_sign_of_a_revision_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my tiny@v2").mkdir()
+    assert fetch("~/my tiny@v2", None, SMALL).folder == tmp_path / "my tiny@v2"
+    refused("~/no@where", f"model folder {tmp_path}/no@where does not exist")
+    refused("~nobody-of-this-name/x", "model folder ~nobody-of-this-name/x does not exist")
+
+
+# What the caller gives
+
+
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
+    def said(device, load=ivtp.load_model, *source):
+        with pytest.raises(ModelError) as error:
+            load(*(source or ["tiny"]), device=device)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert said("cuda") == "device='cuda' is not here; here are: cpu"
+    assert said("gpu0") == "device='gpu0' is not a device of torch; here are: cpu"
+    assert said(None).endswith("here are: cpu")
+    assert said("cuda", load_encoder, "transformers", "tiny_clip") == "device='cuda' is not here; here are: cpu"
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert said("cuda:2") == "device='cuda:2' is not here; here are: cpu, cuda:0, cuda:1"
+    assert said("mps").endswith("here are: cpu, cuda:0, cuda:1")
+    for device in ("cpu", "cuda", "cuda:1", torch.device("cuda", 0)):
+        check_device(device)
+
+
+def test_an_attention_whose_package_is_missing_is_one_line(monkeypatch):
+    """transformers raises ImportError where a package that an attention needs is not installed."""
+    from transformers import AutoModelForImageTextToText
+
+    def absent(*_, **__):
+        raise ImportError("FlashAttention2 cannot be used: flash_attn is not installed.\nPlease refer to …")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", absent)
+    with pytest.raises(ModelError, match=r"cannot load model .*tiny': FlashAttention2 .* is not installed\.$"):
+        ivtp.load_model("tiny", attn_implementation="flash_attention_2")
 
 
 # What a checkpoint holds

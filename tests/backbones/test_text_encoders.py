@@ -12,8 +12,11 @@ from conftest import TEXTS, shake
 from safetensors.torch import load_file, save_file
 from test_encoders import clip_folder
 
+import ivtp
 from ivtp.backbones import ModelError
+from ivtp.backbones.companions import text_checkpoint
 from ivtp.backbones.text_encoders import load_text_encoder, open_clip_named, text_source
+from ivtp.models import EMBEDDED
 
 VISION = {"image_size": 35, "patch_size": 7, "width": 24, "layers": 3, "head_width": 6, "mlp_ratio": 1.5}
 TEXT = {"context_length": 19, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -143,6 +146,17 @@ def test_a_source_that_cannot_be_meant_is_refused_in_one_line(source, says):
     with pytest.raises(ModelError) as error:
         load_text_encoder(source)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_path_is_as_good_as_its_text_and_other_objects_are_refused_at_once(tmp_path):
+    clip = EMBEDDED["tiny"] / "clip"
+    model, _ = ivtp.load_model("tiny", text_encoder=clip)
+    with ivtp.prune(model, "ivtp", keep=16):
+        assert text_checkpoint(model).folder == clip
+    for given, lacking in ((torch.nn.Linear(2, 2), "encode, project, sizes"), (5, "encode"), (True, "encode")):
+        with pytest.raises(ModelError, match=f"text_encoder={type(given).__name__} object lacks {lacking}") as error:
+            ivtp.load_model("tiny", text_encoder=given)
+        assert "\n" not in str(error.value)
 
 
 def test_one_revision_not_two():
