@@ -321,7 +321,8 @@ def matched_spans(ids: list[int], wanted: list[int], letters: list[Span]) -> lis
     """For every token of a prompt, the letters of an instruction that it spells, (0, 0) for none.
 
     wanted, letters  the instruction's own tokens, and the letters of each
-    Tokens that differ between two equal ones (a first token that another stands before) share their letters evenly.
+    Tokens that differ between two equal ones (a first token that another stands before) share their letters evenly. Where
+    fewer than half of the tokens are equal, it is another text: none spells any.
     """
     # Backwards, so that of several occurrences the last is found: what a template says before the question is no question.
     ids, wanted, letters = ids[::-1], wanted[::-1], letters[::-1]
@@ -329,7 +330,10 @@ def matched_spans(ids: list[int], wanted: list[int], letters: list[Span]) -> lis
     core = difflib.SequenceMatcher(None, ids, wanted, autojunk=False).find_longest_match()
     first = max(0, core.a - core.b)
     part = ids[first : core.a - core.b + len(wanted)] if core.size else []
-    for kind, start, stop, low, high in difflib.SequenceMatcher(None, part, wanted, autojunk=False).get_opcodes():
+    matcher = difflib.SequenceMatcher(None, part, wanted, autojunk=False)
+    if 2 * sum(block.size for block in matcher.get_matching_blocks()) < len(wanted):
+        return spans
+    for kind, start, stop, low, high in matcher.get_opcodes():
         if kind == "equal":
             spans[first + start : first + stop] = letters[low:high]
         elif kind == "replace":
