@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from ivtp.backbones import ModelError
 from ivtp.backbones.checkpoints import check_device, check_finite, read_config
-from ivtp.backbones.hub import SMALL, WEIGHTS, Checkpoint, fetch, local, one_line
+from ivtp.backbones.hub import SMALL, WEIGHTS, Checkpoint, fetch, local, one_line, with_files
 from ivtp.backbones.text_encoders import (
     CONFIG,
     OPEN_CLIP,
     OPEN_CLIP_WEIGHTS,
-    no_safetensors,
+    check_weights,
     open_clip_named,
     trained_with_quick_gelu,
-    weight_files,
 )
 from ivtp.models import EMBEDDED, shape_of
 from ivtp.pruning.cost import Shape
@@ -216,10 +215,8 @@ def _transformers(source: str, pretrained: bool, revision: str | None, attn_impl
             "pretrained=false: transformers' encoders are loaded with their weights; give a folder of them"
         )
     checkpoint, _ = _clip_config(source, revision)
-    if checkpoint.commit is not None:
-        checkpoint = fetch(checkpoint.source, checkpoint.commit, [*SMALL, *WEIGHTS])
-    if not weight_files(checkpoint.folder, WEIGHTS):
-        raise no_safetensors(checkpoint, WEIGHTS[0], library="model.library=open_clip model.source=")
+    checkpoint = with_files(checkpoint, [*SMALL, *WEIGHTS])
+    check_weights(checkpoint, WEIGHTS, library="model.library=open_clip model.source=")
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with one_line(source):
         model = AutoModel.from_pretrained(checkpoint.folder, use_safetensors=True, **settings)
@@ -297,6 +294,5 @@ LIBRARIES = {"timm": _timm, "open_clip": _open_clip, "transformers": _transforme
 def _fetched(source: str, revision: str | None, small: list[str], weights: list[str]) -> Checkpoint:
     """A checkpoint in its folder, from the hub if it is none; without pickles."""
     checkpoint = fetch(source, revision, [*small, *weights])
-    if not weight_files(checkpoint.folder, weights):
-        raise no_safetensors(checkpoint, weights[0])
+    check_weights(checkpoint, weights)
     return checkpoint

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ivtp.backbones import LANGUAGE, ModelError, family, unwrapped
 from ivtp.backbones.checkpoints import check_device, check_finite, check_weight_files, read_config
 from ivtp.backbones.guidance import TextEncoder
-from ivtp.backbones.hub import CODE, SMALL, WEIGHTS, fetch, one_line
+from ivtp.backbones.hub import CODE, SMALL, WEIGHTS, fetch, one_line, with_files
 from ivtp.backbones.image_inputs import configure, limit_crops, warn_if_cropped
 from ivtp.backbones.shared import SharedVision
 from ivtp.pruners.planner import Fixed, Planner
@@ -113,8 +113,7 @@ def _from_pretrained(where: str, dtype: str, revision: str | None, trust_remote_
 
     code = CODE if trust_remote_code else []
     checkpoint, config = _config(where, revision, trust_remote_code)
-    if checkpoint.commit is not None:
-        checkpoint = fetch(checkpoint.source, checkpoint.commit, [*SMALL, *code, *WEIGHTS, "clip/model.safetensors"])
+    checkpoint = with_files(checkpoint, [*SMALL, *code, *WEIGHTS, "clip/model.safetensors"])
     check_weight_files(checkpoint)
     with one_line(where):
         model, info = AutoModelForImageTextToText.from_pretrained(

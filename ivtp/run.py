@@ -144,7 +144,7 @@ def say_crops(model, sizes: list, console) -> None:
 
 
 def outcome_of(record: dict) -> bytes:
-    """What a row evaluated to, to tell whether trying again changed it."""
+    """Result of a row as bytes, to tell whether trying again changed it."""
     from ivtp import records
 
     return records.as_json([record["label"], record["metrics"], record.get("failed")])

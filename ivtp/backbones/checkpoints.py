@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ivtp.backbones import ModelError
-from ivtp.backbones.hub import WEIGHTS, Checkpoint
+from ivtp.backbones.hub import Checkpoint
 
 ORIGINALS = {
     "llava_llama": "llava-hf/llava-1.5-7b-hf",
@@ -96,7 +96,7 @@ def check_sizes(source: str, config: dict, where: str = "") -> None:
 
 def check_weight_files(checkpoint: Checkpoint) -> None:
     """Raise ModelError where a checkpoint has no safetensors, saying what it has instead."""
-    if any(list(checkpoint.folder.glob(pattern)) for pattern in ("*.safetensors", *WEIGHTS)):
+    if any(checkpoint.folder.glob("*.safetensors")):
         return
     if checkpoint.commit is not None:  # pickles were not even fetched
         raise ModelError(

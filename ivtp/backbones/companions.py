@@ -34,7 +34,7 @@ class Companion:
 
     @property
     def source(self) -> TextSource | None:
-        """Where the text encoder comes from, looked up once; None for one that is not known by a source."""
+        """Source of the text encoder, looked up once; None for one that is not known by a source."""
         if self._found is None and isinstance(self.text_encoder, str):
             self._found = text_source(self.text_encoder)
         return self._found
@@ -132,4 +132,4 @@ def text_checkpoint(model: nn.Module) -> Checkpoint | None:
     if companion is None or companion.source is None:
         return None
     guide_for(model)
-    return companion.source.complete().checkpoint
+    return companion.source.checkpoint

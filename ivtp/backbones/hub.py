@@ -91,11 +91,16 @@ def fetch(source: str, revision: str | None, patterns: Sequence[str]) -> Checkpo
 
 
 def _on_the_hub(source: str) -> str:
-    """How to say that a hub is meant, for `owner/name` where a folder of the owner's name is."""
+    """Hint at the spelling that means the hub, for `owner/name` beside a folder of the owner's name."""
     if _is_path(source) or len(Path(source).parts) != 2:
         return ""
     owner = Path(source).parts[0]
     return f" ({source} was read as a path because a folder {owner!r} is here; write {source}@main for the hub's)"
+
+
+def with_files(checkpoint: Checkpoint, patterns: Sequence[str]) -> Checkpoint:
+    """A checkpoint with more of its files: from the hub, where it came from there, at its own commit."""
+    return checkpoint if checkpoint.commit is None else fetch(checkpoint.source, checkpoint.commit, patterns)
 
 
 def _snapshot(wanted: dict) -> str:
@@ -193,7 +198,7 @@ def _network(chain: Sequence[BaseException]) -> bool:
 
 @contextmanager
 def one_line(where: str, revision: str | None = None) -> Iterator[None]:
-    """What a loader raises for a file that is missing, truncated or not what it says, as a ModelError."""
+    """Turn the errors of a loader (a file that is missing, truncated or not what it says) into a ModelError of one line."""
     from safetensors import SafetensorError
 
     try:

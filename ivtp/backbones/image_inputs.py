@@ -16,7 +16,7 @@ Box = tuple[float, float, float, float]
 
 
 def padding_of(image_processor) -> str | None:
-    """How a processor makes an image square: "pad", "crop" (at the centre), or None if in neither way."""
+    """Way in which a processor makes an image square: "pad", "crop" (at the centre), or None if in neither way."""
     from transformers import CLIPImageProcessor, CLIPImageProcessorPil, LlavaImageProcessor, LlavaImageProcessorPil
 
     if isinstance(image_processor, (LlavaImageProcessor, LlavaImageProcessorPil)) and image_processor.do_pad:

@@ -24,7 +24,7 @@ Memory = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Keys:
-    """Which of the keys that a layer remembers may be seen "b m"; `padded`: False where all may."""
+    """Validity of the keys that a layer remembers "b m"; `padded`: False where all may."""
 
     valid: Tensor
     padded: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ivtp.backbones import ModelError
 from ivtp.backbones.guidance import OpenClipText, TextEncoder, TransformersText, text_layers
-from ivtp.backbones.hub import SMALL, WEIGHTS, Checkpoint, fetch, one_line
+from ivtp.backbones.hub import SMALL, WEIGHTS, Checkpoint, fetch, one_line, with_files
 from ivtp.pruning.cost import Layers
 from ivtp.registry import unknown
 
@@ -84,7 +84,7 @@ def open_clip_named(source: str, revision: str | None = None) -> Named:
 
 
 def trained_with_quick_gelu(repository: str) -> bool | None:
-    """What open_clip's table says of a repository's activation; None for one that it does not list."""
+    """Activation of a repository in open_clip's table, True for QuickGELU; None for one that it does not list."""
     from open_clip import pretrained
 
     for name, tag in pretrained.list_pretrained():
@@ -96,7 +96,7 @@ def trained_with_quick_gelu(repository: str) -> bool | None:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where a text encoder comes from, once its small files are here: its format, settings and revision.
+    """Source of a text encoder whose small files are here: format, settings and revision.
 
     model  open_clip's settings, or transformers' config
     """
@@ -120,13 +120,9 @@ class TextSource:
 
     def complete(self) -> TextSource:
         """The same with its weights, fetched if they are not here yet. Raises ModelError where only pickles are."""
-        where, commit = self.checkpoint.source, self.checkpoint.commit
-        checkpoint = self.checkpoint
-        if commit is not None:
-            checkpoint = fetch(where, commit, [*SMALL, *self.weights])
-        if not weight_files(checkpoint.folder, self.weights):
-            raise no_safetensors(checkpoint, self.weights[0])
-        return TextSource(checkpoint, self.format, self.model, self.weights)
+        checkpoint = with_files(self.checkpoint, [*SMALL, *self.weights])
+        check_weights(checkpoint, self.weights)
+        return replace(self, checkpoint=checkpoint)
 
 
 def text_source(source: str, revision: str | None = None) -> TextSource:
@@ -212,11 +208,16 @@ def read_tensors(files: list[Path], wanted: Callable[[str], bool]) -> dict[str, 
     return found
 
 
-def no_safetensors(checkpoint: Checkpoint, file: str, library: str = "") -> ModelError:
-    """The error of a checkpoint without safetensors; of OpenAI's CLIPs it names the same weights in open_clip's form."""
+def check_weights(checkpoint: Checkpoint, names: list[str], library: str = "") -> None:
+    """Raise ModelError for a checkpoint without safetensors; of OpenAI's CLIPs it names the same weights in open_clip's form.
+
+    names    patterns of the files, the usual one first; library: what stands before the name in a command
+    """
+    if weight_files(checkpoint.folder, names):
+        return
     same = AS_SAFETENSORS.get(checkpoint.source)
     hint = f"; the same weights as safetensors: {library}{same}" if same else ""
-    return ModelError(f"{checkpoint.source} has no {file}; other formats (pickles) are never opened here{hint}")
+    raise ModelError(f"{checkpoint.source} has no {names[0]}; other formats (pickles) are never opened here{hint}")
 
 
 def load_text_encoder(source: str | TextSource, device: str | torch.device = "cpu") -> TextEncoder:

@@ -130,7 +130,7 @@ class Together:
         return Batch({}, [], failed)
 
     def alone(self, sample: dict) -> Failed | None:
-        """Why the sample cannot be prepared, if it cannot."""
+        """Failure of a sample that cannot be prepared, None for one that can."""
         try:
             self.collate([sample])
         except Exception as error:
@@ -140,7 +140,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run has to know of all samples before the first; `hash` covers ids, texts, images and asked patches.
+    """Facts about all samples that a run needs before the first; `hash` covers ids, texts, images and asked patches.
 
     prompts  the questions as the model reads them, with one image token for an image
     sizes    of the images of each sample; None: they were not opened
@@ -162,6 +162,7 @@ class QuestionData(L.LightningDataModule):
              have the same sizes side by side, for models that read images of several sizes
     A data set may bring more than items: `judge(sample, text)` → fields of an outcome (see `exact`), `generation`, settings
     of `generate`; `scores(outcomes, folder)`, metrics of its own; `about`, what its results depend on; `sketch(place)` →
+    a sample without its images, and bytes that stand for their content, where that is cheaper than opening them.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def respond(
     compile: str | Mapping | None = None,
     **more,
 ):
-    """What `model` answers under a plan, greedily: texts, generated tokens "b t", whether all logits of each were finite
+    """Answer greedily under a plan: texts, generated tokens "b t", whether all logits of each were finite
     "b", and the run.
 
     pruner      a plan, or what makes one for the images of each prompt
@@ -169,7 +169,7 @@ class Answer(Isolated):
         return outcomes
 
     def _judged(self, sample: dict, text: str) -> dict | Failed:
-        """What the answer is worth, or why that cannot be said; raises UserError where a judge fails again and again."""
+        """Score of an answer, or its failure if it cannot be scored; raises UserError for a judge that fails again and again."""
         try:
             judged = self.judge(sample, text)
         except Exception as error:

@@ -115,7 +115,7 @@ def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str],
 
 
 def image_settings(rows: list[dict]) -> list[str]:
-    """How images were made ready for the model, as far as a setting says so: one phrase each."""
+    """Settings by which images were made ready for the model: one phrase each."""
     model = rows[0].get("model") or {}
     square = {"pad": "images padded to a square", "crop": "images cropped to a square at the centre"}
     said = [square[model["image_padding"]]] if model.get("image_padding") in square else []

@@ -176,6 +176,7 @@ def test_the_activation_is_the_tags_whatever_a_repository_says(tmp_path, monkeyp
     whole = write(tmp_path / "expected")  # the same weights with QuickGELU
     name = "timm/vit_large_patch14_clip_336.openai"
     monkeypatch.setattr(text_encoders, "fetch", lambda source, *_: Checkpoint(source, tmp_path / "clip", "0" * 40))
+    monkeypatch.setattr(text_encoders, "with_files", lambda checkpoint, _: checkpoint)
     for source in (name, SPEC):
         same_as(load_text_encoder(source), whole)
 

@@ -135,7 +135,7 @@ def _shadow(canvas: Image.Image, image: Image.Image, x: int, y: int) -> None:
 
 
 def coverage(owner: np.ndarray, count: int, grid: int) -> np.ndarray:
-    """Which patches of a grid show each sign and thing: (count, grid * grid), in the order of `owner`."""
+    """Patches of a grid that show each sign and thing: (count, grid * grid), in the order of `owner`."""
     cell = np.arange(len(owner)) * grid // len(owner)
     cells = cell[:, None] * grid + cell
     pixels = np.bincount(((owner + 1) * grid**2 + cells).ravel(), minlength=(count + 1) * grid**2)
@@ -143,7 +143,7 @@ def coverage(owner: np.ndarray, count: int, grid: int) -> np.ndarray:
 
 
 class _Board:
-    """Who owns which pixel, while things are put on a picture."""
+    """Owner of each pixel, while things are put on a picture."""
 
     def __init__(self, size: int):
         self.size = size

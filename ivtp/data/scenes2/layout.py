@@ -65,7 +65,7 @@ def pick(rng: np.random.Generator, options, weights=None):
 
 @cache
 def popularity() -> dict[str, float]:
-    """How often a concept is drawn: Zipf-like over a fixed order, so that some are popular."""
+    """Frequency of each concept: Zipf-like over a fixed order, so that some are popular."""
     order = np.argsort(np.random.default_rng(1706).random(len(concepts())))
     return {name: 1 / (rank / _RARE + 1) for name, rank in zip(concepts(), np.argsort(order).tolist(), strict=True)}
 

@@ -203,7 +203,7 @@ class Asker:
         return found
 
     def _beside(self) -> list:
-        """Which of several is on one side of another object."""
+        """Ask which of several is on one side of another object."""
         options, gap = [], _APART * self.side
         for term, things in self._several():
             for other, names in self.unique():
@@ -219,7 +219,7 @@ class Asker:
         return options
 
     def _where(self) -> list:
-        """Which of several is in one half of the picture."""
+        """Ask which of several is in one half of the picture."""
         options, gap = [], _HALF * self.side
         for term, things in self._several():
             for side, (right, down) in _DIRECTIONS.items():

@@ -54,7 +54,7 @@ MASS = frozenset(
 
 @cache
 def terms() -> dict[str, frozenset[str]]:
-    """What questions call objects by, and the concepts that each term covers."""
+    """Terms for objects in questions, and the concepts that each covers."""
     table: dict[str, set[str]] = {}
     for concept in concepts().values():
         for term in (concept.name, *concept.synonyms):
@@ -84,12 +84,12 @@ def confusable(name: str) -> frozenset[str]:
 
 
 def singular(term: str) -> str:
-    """How a question says one of a term."""
+    """Phrase for one of a term."""
     return _SPOKEN[term][0] if term in _SPOKEN else term
 
 
 def plural(term: str) -> str:
-    """How a question says several of a hypernym."""
+    """Phrase for several of a hypernym."""
     if term in _SPOKEN:
         return _SPOKEN[term][1]
     front, last = term[:-1], term[-1]
