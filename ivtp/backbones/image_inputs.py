@@ -133,6 +133,12 @@ class CropLimit:
     grids: tuple[tuple[int, int], ...]
     several: bool
 
+    @classmethod
+    def of(cls, config, crops: int, grids: Sequence[Sequence[int]]) -> CropLimit:
+        """The limit for a model's config and its checkpoint's grids."""
+        pixels = tuple((int(height), int(width)) for height, width in grids)
+        return cls(crops, config.vision_config.image_size, pixels, config.model_type not in WHOLE_IF_SEVERAL)
+
     @property
     def small(self) -> list[list[int]]:
         """The grids within the limit."""
@@ -166,12 +172,7 @@ def limit_crops(config, crops: int, grids: Sequence[Sequence[int]] | None = None
             f"max_crops={crops} restricts the grids (image_grid_pinpoints) of LLaVA-NeXT and LLaVA-OneVision, which a "
             f"{config.model_type!r} model does not have; leave max_crops out (null)"
         )
-    limit = CropLimit(
-        crops,
-        config.vision_config.image_size,
-        tuple((int(height), int(width)) for height, width in grids),
-        config.model_type not in WHOLE_IF_SEVERAL,
-    )
+    limit = CropLimit.of(config, crops, grids)
     if not limit.small:
         least = min(map(limit.crops_of, limit.grids))
         raise ModelError(f"max_crops={crops}: the smallest grid of this model has {least} crops; give at least {least}")
@@ -181,6 +182,5 @@ def limit_crops(config, crops: int, grids: Sequence[Sequence[int]] | None = None
 
 def advised_crops(config) -> int | None:
     """The largest `max_crops` with which LLaVA-OneVision interpolates no image; None if it does so at its smallest grid."""
-    most, side = int(config.vision_aspect_ratio.removeprefix("anyres_max_")), config.vision_config.image_size
-    least = min((height // side) * (width // side) for height, width in config.image_grid_pinpoints)
-    return most if least <= most else None
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    return most if CropLimit.of(config, most, config.image_grid_pinpoints).small else None

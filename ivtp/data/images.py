@@ -106,11 +106,11 @@ def image_folder(path: str | Path, patch_count: int) -> Images:
                 f"data.path={path}: folder {error} has the form of a WordNet name, but ImageNet has no such class; rename it"
             ) from error
     else:
-        for number, name in enumerate(names):
-            if name in names[:number]:
-                twins = found.classes[names.index(name)], found.classes[number]
+        first: dict[str, str] = {}
+        for folder, name in zip(found.classes, names, strict=True):
+            if (twin := first.setdefault(name, folder)) != folder:
                 raise DataError(
-                    f"data.path={path}: folders {twins[0]!r} and {twins[1]!r} are one class name, {name!r}; rename one"
+                    f"data.path={path}: folders {twin!r} and {folder!r} are one class name, {name!r}; rename one"
                 )
     ids = [file.relative_to(path).as_posix() for file in files]
     nowhere = torch.zeros(patch_count, dtype=torch.bool)
