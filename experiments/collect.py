@@ -1,7 +1,7 @@
 """`python experiments/collect.py OUTPUTS [NAME ...]`: take finished results into experiments/, and write the table of claims.
 
-Of each experiment: results.jsonl, costs.jsonl, claims.json, experiment.json, table.md, and pictures below 300 kB. The
-tables in the READMEs stand between two marks and are written from those files alone, never by hand.
+Of each experiment: results.jsonl, blind.jsonl, costs.jsonl, claims.json, experiment.json, table.md, and pictures below
+300 kB. The tables in the READMEs stand between two marks and are written from those files alone, never by hand.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from ivtp.report.claims import HEADS, lines
 
 HERE = Path(__file__).parent
-FILES = ("results.jsonl", "costs.jsonl", "claims.json", "experiment.json", "table.md")
+FILES = ("results.jsonl", "blind.jsonl", "costs.jsonl", "claims.json", "experiment.json", "table.md")
 LARGEST = 300_000
 CLAIMS, RESULT = "claims", "result"
 

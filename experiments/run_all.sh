@@ -7,7 +7,13 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python} output=${OUTPUT:-outputs}
 names=("$@")
 if [ ${#names[@]} -eq 0 ]; then
-  for yaml in configs/experiment/*.yaml; do names+=("$(basename "$yaml" .yaml)"); done
+  for yaml in configs/experiment/*.yaml; do
+    if [ ! -d outputs/real ] && grep -q outputs/real "$yaml"; then
+      echo "$yaml is left out: it needs real weights, python -m experiments.real.fetch" >&2
+    else
+      names+=("$(basename "$yaml" .yaml)")
+    fi
+  done
 fi
 for name in "${names[@]}"; do
   echo "== $name"

@@ -144,14 +144,7 @@ def build_data(
         from ivtp.build_images import build_images
 
         return build_images(config, processor, shape, batch_size)
-    if c.name == "scenes":
-        from ivtp.data.scenes import Scenes
-
-        try:
-            data = Scenes(c.split, c.scenes, c.seed, shape.patches)
-        except ValueError as error:
-            raise UserError(f"data: {error}") from error
-    elif c.name == "scenes2":
+    if c.name == "scenes2":
         from ivtp.data.scenes2 import Scenes2
 
         try:
@@ -170,7 +163,7 @@ def build_data(
         data = LmmsTask(name, shape.patches, chat=config.model.prompt == CHAT, **asked)
     else:
         raise UserError(
-            f"data={c.name} asks nothing, but this model answers questions: data=scenes, scenes2, folder, lmms; labelled "
+            f"data={c.name} asks nothing, but this model answers questions: data=scenes2, folder, lmms; labelled "
             "images are for encoders (model=tiny_clip, deit_small, …)"
         )
     collate, sort = Collate(processor, config.model.prompt, context), config.trainer.sort

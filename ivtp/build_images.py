@@ -6,13 +6,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ivtp.data.batches import QuestionData
-from ivtp.data.images import ImageCollate, Images, digits, hub_images, image_folder
+from ivtp.data.images import ImageCollate, Images, emoji, hub_images, image_folder
 from ivtp.encoders import TEMPLATES, Encoder, encoder_shape, load_encoder
 from ivtp.models import shape_of
 from ivtp.pruning.cost import Shape
 from ivtp.registry import UserError
 
-SOURCES = ("digits", "imagefolder", "hub_images")
+SOURCES = ("emoji", "imagefolder", "hub_images")
 
 
 def build_encoder(config: DictConfig, device: str) -> Encoder:
@@ -63,8 +63,8 @@ def build_images(config: DictConfig, encoder: Encoder, shape: Shape, batch_size:
 
 
 def _images(c: DictConfig, shape: Shape, whole: bool, gallery: bool = False) -> Images:
-    if c.name == "digits":
-        return digits(shape.patches, c.gallery if gallery else c.split, c.size, whole)
+    if c.name == "emoji":
+        return emoji(shape.patches, list((c.gallery if gallery else c.styles) or ()), c.size, c.background, whole)
     if c.name == "imagefolder":
         return image_folder(c.gallery if gallery else c.path, shape.patches)
     if c.name == "hub_images":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ivtp.backbones import ModelError
 from ivtp.backbones.checkpoints import check_device, check_finite, read_config
+from ivtp.backbones.dinov2_vit import resize
 from ivtp.backbones.hub import SMALL, WEIGHTS, Checkpoint, fetch, local, one_line, with_files
 from ivtp.backbones.text_encoders import (
     CONFIG,
@@ -91,7 +92,8 @@ class Encoder:
         self._sort = lambda pixels: nn.functional.normalize(self.see(pixels).float(), dim=-1) @ names.T
 
     def by_neighbours(self, neighbours: int, gallery: Tensor, labels: Tensor, classes: int) -> None:
-        """The nearest images of a gallery vote, by cosine, weighed by exp(cosine / 0.07) (arXiv 2104.14294).
+        """The nearest images of a gallery vote, by cosine, weighed by exp(cosine / 0.07) (arXiv 2104.14294). Classes without a
+        vote follow in the order of their own nearest images, so that five likeliest classes are known where one image votes.
 
         gallery  features "g d" of the unpruned model, see `features`; labels "g"
         """
@@ -100,7 +102,10 @@ class Encoder:
         def sort(pixels: Tensor) -> Tensor:
             likeness = nn.functional.normalize(self.features(pixels), dim=-1) @ gallery.T
             best, index = likeness.topk(min(neighbours, len(gallery)))
-            return ((best / TEMPERATURE).softmax(-1)[:, :, None] * marks[index]).sum(1)
+            votes = ((best / TEMPERATURE).softmax(-1)[:, :, None] * marks[index]).sum(1)
+            lowest = likeness.new_full((len(likeness), classes), -1.0)
+            nearest = lowest.scatter_reduce(1, labels.expand_as(likeness), likeness, "amax")
+            return torch.where(votes > 0, votes, nearest - 2)
 
         self._sort = sort
 
@@ -122,7 +127,7 @@ def load_encoder(
 ) -> Encoder:
     """An image encoder, frozen.
 
-    library     timm (classifiers), open_clip or transformers (CLIP and SigLIP, which read class names)
+    library     timm (classifiers), open_clip or transformers (CLIP and SigLIP, which read class names; DINOv2)
     source      a hub id (`owner/name` or `owner/name@revision`) or a folder in that library's own format, safetensors
                 only; of open_clip also `open_clip:NAME@TAG`; "tiny_clip": the CLIP that the embedded model is made of
     pretrained  False: random weights of the architecture that the source's name says (timm, open_clip)
@@ -142,7 +147,7 @@ def load_encoder(
 def encoder_shape(library: str, source: str, revision: str | None = None) -> Shape:
     """Sizes of an encoder from its name or its config alone: no weights are read, nor made."""
     if library == "transformers":
-        return shape_of(_clip_config(source, revision)[1])
+        return shape_of(_transformers_config(source, revision)[1])
     with torch.device("meta"):
         model = LIBRARIES[library](source, False, revision, None).model
     return shape_of(model)
@@ -214,31 +219,52 @@ def _transformers(source: str, pretrained: bool, revision: str | None, attn_impl
         raise ModelError(
             "pretrained=false: transformers' encoders are loaded with their weights; give a folder of them"
         )
-    checkpoint, _ = _clip_config(source, revision)
+    checkpoint, config = _transformers_config(source, revision)
     checkpoint = with_files(checkpoint, [*SMALL, *WEIGHTS])
     check_weights(checkpoint, WEIGHTS, library="model.library=open_clip model.source=")
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with one_line(source):
         model = AutoModel.from_pretrained(checkpoint.folder, use_safetensors=True, **settings)
         images = AutoImageProcessor.from_pretrained(checkpoint.folder)
+        if config.model_type == "dinov2":
+            return _dinov2(model, images, config.image_size, checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     return _dual(model, images, tokenizer, checkpoint)
 
 
-def _clip_config(source: str, revision: str | None):
-    """The small files of a CLIP or SigLIP of transformers, and its config."""
-    from transformers import AutoConfig
+def _transformers_config(source: str, revision: str | None):
+    """The small files of a CLIP, SigLIP or DINOv2 of transformers, and its config; of a DINOv2, which takes images of any
+    size, for the size that its processor makes."""
+    from transformers import AutoConfig, AutoImageProcessor
 
     embedded = EMBEDDED_ENCODERS.get(source)
     checkpoint = Checkpoint(source, embedded / "clip") if embedded else fetch(source, revision, SMALL)
     read_config(checkpoint)
     with one_line(source):
         config = AutoConfig.from_pretrained(checkpoint.folder)
-    if config.model_type not in ("clip", "siglip"):
-        raise ModelError(
-            f"{source} is a {config.model_type!r} model; encoders of transformers that read names: clip, siglip"
-        )
+    if config.model_type not in ("clip", "siglip", "dinov2"):
+        raise ModelError(f"{source} is a {config.model_type!r} model; encoders of transformers: clip, siglip, dinov2")
+    if config.model_type == "dinov2":
+        with one_line(source):
+            images = AutoImageProcessor.from_pretrained(checkpoint.folder)
+        config.image_size = (images.crop_size if images.do_center_crop else images.size)["height"]
     return checkpoint, config
+
+
+def _dinov2(model: nn.Module, image_processor, side: int, checkpoint: Checkpoint) -> Encoder:
+    """A DINOv2 of transformers for images of one size; it reads no names and has no classifier."""
+    resize(model, side)
+
+    def see(pixels: Tensor) -> Tensor:
+        return model(pixels).pooler_output
+
+    return Encoder(model, image_processor, see, whole=_whole(image_processor), checkpoint=checkpoint)
+
+
+def _whole(image_processor) -> bool:
+    """Whether a processor of transformers shows the whole of a square picture."""
+    size, crop = (getattr(image_processor, name, None) or {} for name in ("size", "crop_size"))
+    return not getattr(image_processor, "do_center_crop", False) or size.get("shortest_edge") == crop.get("height")
 
 
 def _dual(model: nn.Module, image_processor, tokenizer, checkpoint: Checkpoint) -> Encoder:
@@ -252,15 +278,10 @@ def _dual(model: nn.Module, image_processor, tokenizer, checkpoint: Checkpoint) 
         given = {name: ids[name].to(model.device) for name in keys if name in ids}
         return model.get_text_features(**given).pooler_output
 
-    sides = getattr(image_processor, "size", None) or {}, getattr(image_processor, "crop_size", None) or {}
-    whole = not getattr(image_processor, "do_center_crop", False) or sides[0].get("shortest_edge") == sides[1].get(
-        "height"
-    )
-
     def see(pixels: Tensor) -> Tensor:
         return model.get_image_features(pixels).pooler_output
 
-    return Encoder(model, image_processor, see, read, whole=whole, checkpoint=checkpoint)
+    return Encoder(model, image_processor, see, read, whole=_whole(image_processor), checkpoint=checkpoint)
 
 
 def _embedded(checkpoint: Checkpoint) -> Encoder:

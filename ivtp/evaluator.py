@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ivtp import records
+from ivtp.backbones.companions import guide_for
 from ivtp.backbones.shared import SharedVision, vision_side
 from ivtp.build import is_encoder, shape_of
 from ivtp.data.batches import Batch
@@ -73,10 +74,10 @@ class Evaluator:
             self.outcomes[key] = records.read(self.outcome_file(key))[0]
         return self.outcomes[key]
 
-    def evaluate(self, key: str, row, title: str) -> dict:
-        """The record of one row; goes on after the samples that an earlier, stopped run has answered, and tries again
-        those that failed in it.
+    def answer(self, key: str, row, title: str) -> tuple[list[dict], float | None, Stopwatch | None]:
+        """Outcomes of one row, questions per second, and time per part, where it is taken.
 
+        Goes on after the samples that an earlier, stopped run has answered, and tries again those that failed in it.
         Raises UserError where no sample can be evaluated: known after FIRST samples, or at the end.
         """
         path = self.outcome_file(key)
@@ -86,7 +87,6 @@ class Evaluator:
             outcomes[:] = answered(outcomes)
             records.replace(path, records.lines(outcomes))
         watch, before, total = self.stopwatch(), len(outcomes), len(self.data.data)
-        hits = self.shared.hits if self.shared else 0
         with progress(self.console, title, total, before) as tell:
             failed: list[dict] = []  # while nothing has been answered
 
@@ -120,15 +120,37 @@ class Evaluator:
             if self.config.trainer.sort or again or lost:
                 outcomes[:] = self.data.as_they_come(outcomes)
                 records.replace(path, records.lines(outcomes))
-        done, lost = answered(outcomes), failures(outcomes)
-        images = {outcome["image"] for outcome in lost}
+        new = len(answered(outcomes)) - before
+        if watch is not None and new:
+            watch.seconds = {part: seconds / new for part, seconds in watch.seconds.items()}
+        return outcomes, (new / module.seconds if module.seconds else None), watch
+
+    def lost(self, key: str, title: str) -> dict:
+        """Field `failed` of a record, said on the console; empty where every sample has a result."""
+        causes = Counter(outcome["cause"] for outcome in failures(self.read(key)))
+        if not causes:
+            return {}
+        said = told(causes, len(self.data.data))
+        self.console.print(f"{title}: {said}, reasons in {self.outcome_file(key)}", soft_wrap=True)
+        return {"failed": {"n": causes.total(), "causes": dict(causes.most_common())}}
+
+    def blind(self, key: str, row) -> dict:
+        """Metrics of questions asked without their images."""
+        title = "without images"
+        done = answered(self.answer(key, row, title)[0])
+        metrics = summary(done)
+        self.console.print(f"{title}: {headline(metrics)}", soft_wrap=True)
+        return {"key": key, "label": title, "metrics": metrics} | self.lost(key, title)
+
+    def evaluate(self, key: str, row, title: str) -> dict:
+        """The record of one row; see `answer`."""
+        hits = self.shared.hits if self.shared else 0
+        outcomes, rate, watch = self.answer(key, row, title)
+        done = answered(outcomes)
+        images = {outcome["image"] for outcome in failures(outcomes)}
         metrics = summary(done) | measured(self.data.scores(done, self.folder), images)
-        rate = (len(done) - before) / module.seconds if module.seconds else None
         speed = f", {rate:.0f} questions/s" if rate else ""
         self.console.print(f"{title}: {headline(metrics)}, {row.cost.total / 1e9:.4g} GFLOPs{speed}", soft_wrap=True)
-        causes = Counter(outcome["cause"] for outcome in lost)
-        if lost:
-            self.console.print(f"{title}: {told(causes, total)}, reasons in {path}", soft_wrap=True)
         plan = row.plan
         return {
             "key": key,
@@ -150,17 +172,13 @@ class Evaluator:
             "drawable": drawable(shape_of(self.model)),
             **fewer_crops(outcomes),
             "metrics": metrics,
-            **({"failed": {"n": len(lost), "causes": dict(causes.most_common())}} if lost else {}),
+            **self.lost(key, title),
             "speed": {
                 "questions_per_second": rate,
                 "batch_size": self.data.batch_size,
                 "shared": bool(self.shared and self.shared.hits > hits),
             }
-            | (
-                {"parts": {part: s / (len(done) - before) for part, s in watch.seconds.items()}}
-                if watch and rate
-                else {}
-            ),
+            | ({"parts": watch.seconds} if watch and rate else {}),
             **({"counted": self.count(plan, done[0]["id"])} if self.config.measure else {}),
             **({"words": passing(done, plan.tau)} if plan.reads_clip and plan.words == "te_rt" else {}),
         }
@@ -232,7 +250,8 @@ class Evaluator:
             )
         else:
             words = inputs["input_ids"].shape[1] - shape.patches
-            read = len(self.processor.tokenizer(question, add_special_tokens=False)["input_ids"]) + 2
+            if plan.reads_clip or plan.reads_relevance:
+                (read,) = guide_for(self.model).encoder.lengths([question])
             counted = count(self.model, plan, lambda: self.model(**inputs), question)
         closed = cost(shape, plan, words, read, streamed=True)
         parts = ("vision", "projector", "text_encoder", "language", "pruner", "total")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
 from ivtp.command import command
 from ivtp.registry import UserError
@@ -73,8 +74,8 @@ def run(arguments: Sequence[str]) -> Path:
     say_crops(model, data.survey.sizes, console)
     if data.survey.failed:
         console.print(f"{len(data.survey.failed)} of {len(data.data)} samples cannot be used", soft_wrap=True)
-    text, instruction = prompt_lengths(data.survey, processor) if shape.language else (0, 0)
-    planned = build.plan_rows(rows, shape, text, instruction)
+    text = mean_prompt(data.survey, processor) if shape.language else 0
+    planned = build.plan_rows(rows, shape, text, 2)
     identity = {
         "model": build.model_identity(config, model, processor),
         "data": OmegaConf.to_container(config.data) | data.about | {"hash": data.survey.hash},
@@ -82,6 +83,10 @@ def run(arguments: Sequence[str]) -> Path:
         "code": records.code_version(),
     }
     text_encoder = build.text_identity(model, planned)
+    if any(map(build.reads_text, planned)):  # its own tokens are known now
+        planned = build.plan_rows(rows, shape, text, mean_instruction(data.survey, model))
+    if config.blind and build.is_encoder(config):
+        raise UserError("blind=true asks questions without their images, but an encoder is asked none; leave it out")
     results = folder / "results.jsonl"
     finished, torn = records.read(results)
     if torn:
@@ -118,8 +123,10 @@ def run(arguments: Sequence[str]) -> Path:
                 evaluator.unlogged(key)
         current.append(record)
         evaluator.log(record, current)
+    blind = blind_accuracy(config, evaluator, identity, shape, about) if config.blind else None
     experiment = {
         "keys": [record["key"] for record in current],
+        "blind": blind and blind["key"],
         "compare_to": config.compare_to,
         "question": question(config),
     }
@@ -128,6 +135,27 @@ def run(arguments: Sequence[str]) -> Path:
     images = processor.image_processor
     report(folder, current, config.compare_to, data.data, console, experiment["question"], experiment, images)
     return folder
+
+
+def blind_accuracy(config, evaluator, identity: dict, shape, about: dict) -> dict:
+    """Record of the unpruned model on the questions without their images, kept in blind.jsonl."""
+    from omegaconf import OmegaConf
+
+    from ivtp import build, records
+    from ivtp.config import variants
+    from ivtp.evaluator import Evaluator
+
+    path = evaluator.folder / "blind.jsonl"
+    key = records.key("without images", identity)
+    found = {record["key"]: record for record in records.read(path)[0]}.get(key)
+    if found is None or found.get("failed"):
+        data = evaluator.data.without_images()
+        blind = Evaluator(evaluator.model, evaluator.processor, data, config, evaluator.folder, evaluator.console)
+        unpruned = OmegaConf.merge(config, {"variants": [{"label": "unpruned", "pruner": "none"}]})
+        (row,) = build.plan_rows(list(variants(unpruned)), shape, 0, 0)
+        found = blind.blind(key, row) | about
+        records.append(path, [found])
+    return found
 
 
 def say_crops(model, sizes: list, console) -> None:
@@ -224,16 +252,23 @@ def pick_device(config) -> str:
     return device
 
 
-def prompt_lengths(survey, processor) -> tuple[int, int]:
-    """Mean tokens of a prompt without its image, and of an instruction with the text encoder's two marks."""
+def mean_prompt(survey, processor) -> int:
+    """Mean tokens of a prompt without its image."""
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    prompts, questions = (
-        [text for place, text in enumerate(texts) if place not in survey.failed]
-        for texts in (survey.prompts, survey.questions)
-    )
-    around = [len(ids) - ids.count(image) for ids in processor.tokenizer(prompts)["input_ids"]]
-    alone = [len(ids) + 2 for ids in processor.tokenizer(questions, add_special_tokens=False)["input_ids"]]
-    return round(sum(around) / len(around)), round(sum(alone) / len(alone))
+    prompts = usable(survey.prompts, survey)
+    return round(mean(len(ids) - ids.count(image) for ids in processor.tokenizer(prompts)["input_ids"]))
+
+
+def mean_instruction(survey, model) -> int:
+    """Mean tokens that the model's text encoder reads of a question."""
+    from ivtp.backbones.companions import guide_for
+
+    return round(mean(guide_for(model).encoder.lengths(usable(survey.questions, survey))))
+
+
+def usable(texts: list[str], survey) -> list[str]:
+    """Texts of the samples that can be used."""
+    return [text for place, text in enumerate(texts) if place not in survey.failed]
 
 
 def machine(device: str) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ivtp.data.scenes import make_questions, make_scene
+from ivtp.data.scenes2 import make_scene
 
 ROWS = 8
 
@@ -14,8 +14,8 @@ def scene(i: int):
     """PIL image and questions by family of scene `i`."""
     from PIL import Image
 
-    made = make_scene("test", i)
-    return Image.fromarray(made.image), {question.family: question for question in make_questions(made, i)}
+    made, questions = make_scene("test", i)
+    return Image.fromarray(made.image), {question.family: question for question in questions}
 
 
 def ten(answer: str, *others: str) -> list[str]:
@@ -25,7 +25,7 @@ def ten(answer: str, *others: str) -> list[str]:
 
 def options(i: int, answer: str) -> tuple[dict[str, str], str]:
     """Four options, and the letter of the right one, which is another in each document."""
-    words = ["square", "ring", "cyan", "seven", "zero"]
+    words = ["square", "ring", "cyan", "stop", "zero"]
     given = [word for word in words if word != answer][:3]
     given.insert(i % 4, answer)
     return dict(zip("ABCD", given, strict=True)), "ABCD"[i % 4]
@@ -54,7 +54,7 @@ def gqa(i, image, q):
 
 
 def vizwiz(i, image, q):
-    q = q["digit"]
+    q = q["text"]
     return {
         "question_id": f"VizWiz_val_{i:08d}", "image": image, "question": q.text, "answers": ten(q.answer, "unanswerable"),
         "category": "other",
@@ -71,10 +71,10 @@ def scienceqa(i, image, q):
 
 
 def textvqa(i, image, q):
-    q = q["digit"]
+    q = q["text"]
     return {
         "image_id": f"i{i}", "question_id": i, "question": q.text, "question_tokens": q.text.split(), "image": image,
-        "image_width": 96, "image_height": 96, "answers": ten(q.answer, "number"), "image_classes": ["Poster"],
+        "image_width": 144, "image_height": 144, "answers": ten(q.answer, "number"), "image_classes": ["Poster"],
         "set_name": "val", "ocr_tokens": [q.answer, "red"], "answer": q.answer,
     }  # fmt: skip
 

@@ -183,6 +183,21 @@ def make_siglip(kernel: str = "sdpa"):
     return shake(SiglipVisionModel._from_config(siglip_config(), attn_implementation=kernel), 8)
 
 
+def make_dinov2(kernel: str = "sdpa"):
+    """With a gated FFN where the kernel is eager, so that both are tested."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 3,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+    }
+    config = Dinov2Config(**sizes, use_swiglu_ffn=kernel == "eager", mlp_ratio=2, use_mask_token=False)
+    return shake(Dinov2Model._from_config(config, attn_implementation=kernel), 10)
+
+
 def make_open_clip(kind: str):
     """With four heads torch runs attention as one kernel, with three it does not."""
     from open_clip.transformer import VisionTransformer
@@ -322,7 +337,7 @@ def llava(kernel: str = "sdpa"):
 def vision_model(kind: str):
     if kind not in _made:
         family, _, kernel = kind.partition("_")
-        make = {"clip": make_clip, "siglip": make_siglip, "openclip": make_open_clip}.get(family)
+        make = {"clip": make_clip, "siglip": make_siglip, "openclip": make_open_clip, "dinov2": make_dinov2}.get(family)
         _made[kind] = make(kernel) if make else make_timm(kind)
     return _made[kind]
 
@@ -330,6 +345,7 @@ def vision_model(kind: str):
 VISION = [
     *("timm_cls", "timm_avg", "timm_registers", "timm_map", "timm_eva02", "timm_eva_mixed", "timm_eva_dinov3"),
     *("clip_sdpa", "clip_eager", "siglip_sdpa", "siglip_eager", "openclip_tok", "openclip_avg"),
+    *("dinov2_sdpa", "dinov2_eager"),
 ]
 """Every vision backbone; LLaVA has tests of its own."""
 

@@ -64,6 +64,35 @@ def siglip_states(tower, pixels, cuts):
     return tower.post_layernorm(siglip_layers(tower, pixels, cuts)[-1])
 
 
+def dinov2_states(tower, pixels, cuts):
+    """States after every layer of transformers' DINOv2, on all tokens, from its layers' own parts.
+
+    Attention is written out: in older versions of transformers its module takes no mask.
+    """
+    x = tower.embeddings(pixels)
+    heads = tower.config.num_attention_heads
+    layers = tower.encoder.layer
+    hidden = hidden_from(cuts, len(layers), x.shape[1] - 1, x.shape[0])
+    states = []
+    for layer, gone in zip(layers, hidden[:-1], strict=True):
+        q, k, v = (heads_of(linear(layer.norm1(x)), heads) for linear in dinov2_linears(layer)[:3])
+        logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask4d(~with_prefix(gone, 1), False).to(q)
+        mixed = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + layer.layer_scale1(dinov2_linears(layer)[3](mixed))
+        x = x + layer.layer_scale2(layer.mlp(layer.norm2(x)))
+        states.append(x)
+    return states
+
+
+def dinov2_linears(layer):
+    """Query, key, value and output projections, whatever transformers calls them."""
+    attention = layer.attention
+    if hasattr(attention, "q_proj"):
+        return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    own = attention.attention
+    return own.query, own.key, own.value, attention.output.dense
+
+
 def open_clip_states(tower, pixels, cuts):
     """What leaves the blocks of an open_clip tower, on all tokens; torch takes one mask per head."""
     x = tower._embeds(pixels)
@@ -96,7 +125,8 @@ def llava_logits(model, input_ids, pixel_values, attention_mask, vision, languag
     """
     llava, config = model.model, model.config
     b, n = input_ids.shape
-    states = clip_states(llava.vision_tower, pixel_values, vision)
+    tower_states = {"clip_vision_model": clip_states, "dinov2": dinov2_states}[config.vision_config.model_type]
+    states = tower_states(llava.vision_tower, pixel_values, vision)
     feature = llava.multi_modal_projector(states[config.vision_feature_layer][:, 1:])
     image = input_ids == config.image_token_id
     image = image & (

@@ -64,7 +64,7 @@ def test_a_budget_in_tflops_is_met(capsys):
 
 def test_the_embedded_model_is_counted_without_its_weights(capsys, monkeypatch):
     monkeypatch.setattr("ivtp.models._from_pretrained", None)
-    assert printed(capsys, "model=tiny", "text=12")["tokens"][0] == 144
+    assert printed(capsys, "model=tiny", "text=12")["tokens"][0] == 324
 
 
 def test_another_checkpoint_is_counted_by_its_own_sizes(capsys):

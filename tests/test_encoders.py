@@ -245,7 +245,8 @@ def test_sizes_of_open_clip_are_known_by_its_name_alone(monkeypatch):
 
 
 def test_the_nearest_images_vote(timm_folder):
-    """Each image of the gallery is its own nearest neighbour; of two, the nearer has the greater vote."""
+    """Each image of the gallery is its own nearest neighbour; of two, the nearer has the greater vote. Who has none comes
+    behind, the nearer first: with one neighbour, too, top-5 is the five nearest classes, not the first five of the list."""
     encoder = load_encoder("timm", str(timm_folder[0]))
     labels = torch.tensor([2, 0, 1, 0, 2])
     gallery = encoder.features(pixels(encoder))
@@ -261,21 +262,61 @@ def test_the_nearest_images_vote(timm_folder):
         expected = torch.zeros(3, dtype=torch.float64)
         for index, share in zip(best.tolist(), (weight / weight.sum()).tolist(), strict=True):
             expected[labels[index]] += share
-        close(votes, expected.float())
+        close(votes.clamp_min(0), expected.float())
+        others = [c for c in range(3) if expected[c] == 0]
+        nearest = [float(likeness[place][labels == c].max()) for c in others]
+        assert others and votes[others].tolist() == pytest.approx([n - 2 for n in nearest], abs=1e-5)
+    encoder.by_neighbours(1, gallery, labels, 4)
+    ranked = encoder.logits(pixels(encoder)).argsort(1, descending=True)
+    assert (ranked[:, 3] == 3).all(), "a class without images is never likely"
+    nearest = torch.stack([likeness[:, labels == c].amax(1) for c in range(3)], 1)
+    assert torch.equal(ranked[:, :3], nearest.argsort(1, descending=True))
+
+
+def dinov2_folder(path):
+    """As facebook/dinov2-small is: weights for a larger grid than the processor makes."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 63, "patch_size": 7}
+    model = shake(Dinov2Model(Dinov2Config(**sizes)), 11)
+    model.save_pretrained(path)
+    BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 35, "width": 35}).save_pretrained(path)
+    return model
+
+
+def test_a_dinov2_of_transformers_is_what_it_is_on_images_of_its_processor_s_size(tmp_path):
+    """Position embeddings are resized once: features are the model's own, and shares are of the tokens that there are."""
+    model = dinov2_folder(tmp_path)
+    encoder = load_encoder("transformers", str(tmp_path))
+    assert pixels(encoder).shape[2:] == (35, 35) and not encoder.whole
+    expected = model(pixels(encoder)).pooler_output
+    close(encoder.features(pixels(encoder)), expected)
+    shape = ivtp.shape_of(encoder.model)
+    assert shape == encoder_shape("transformers", str(tmp_path)) and shape.patches == 25
+    with pytest.raises(ModelError, match="has no classifier"):
+        encoder.by_classifier(10)
+    encoder.by_neighbours(1, encoder.features(pixels(encoder)), torch.arange(5), 5)
+    with ivtp.prune(encoder.model, "rollout", keep=25):
+        assert encoder.logits(pixels(encoder)).argmax(1).tolist() == [0, 1, 2, 3, 4]
+    with ivtp.prune(encoder.model, "rollout", keep=5) as run:
+        encoder.logits(pixels(encoder))
+    assert run.vision[-1].position.shape == (5, 5)
+    with pytest.raises(ValueError, match="without bool_masked_pos"), ivtp.prune(encoder.model, "rollout", keep=5):
+        encoder.model(pixels(encoder), bool_masked_pos=torch.zeros(5, 25, dtype=torch.bool))
 
 
 # The embedded one
 
 
-def test_the_embedded_clip_tells_handwritten_digits_apart_by_their_names():
-    """It was trained on others of them: a real model on real images, without network."""
-    from ivtp.data.images import digits
+def test_the_embedded_clip_names_drawings_before_photographs():
+    """A real model and real pictures, without network: far above the 0.2 % of chance."""
+    from ivtp.data.images import emoji
 
     encoder = load_encoder("transformers", "tiny_clip")
-    data = digits(144)
-    encoder.by_names(data.classes, ["a white number {}"])
-    some = [data[place] for place in range(0, len(data), 6)]
+    data = emoji(324, ["noto", "fluent-3d"], 4, "photo")
+    encoder.by_names(data.classes, ["a {}"])
+    some = [data[place] for place in range(0, len(data), 12)]
     seen = encoder.image_processor(images=[sample["image"] for sample in some], return_tensors="pt")["pixel_values"]
     right = encoder.logits(seen).argmax(1) == torch.tensor([sample["label"] for sample in some])
-    assert right.float().mean() > 0.9
+    assert right.float().mean() > 0.3
     assert encoder_shape("transformers", "tiny_clip") == ivtp.shape_of(encoder.model)

@@ -176,7 +176,7 @@ def test_the_first_download_is_announced(first):
 
 def test_what_the_cache_has_runs_while_the_hub_cannot_be_reached(first, shells):
     """The benchmark's documents would do too, after five attempts of `datasets` that take 23 seconds."""
-    settings = ["pruner=ivtp", "data=scenes", "data.limit=3", "logger=none", "output=unreachable"]
+    settings = ["pruner=ivtp", "data=scenes2", "data.limit=3", "logger=none", "output=unreachable"]
     fine(shells["unreachable"].run("model=llava_1_5_7b", *settings))
 
 
@@ -225,7 +225,7 @@ def test_siblings_run_by_their_hub_ids(name, hub, shell, place):
 )
 def test_encoders_of_open_clip_run_by_their_hub_ids(name, repository, hub, shell, place):
     with hub.watched() as asked:
-        fine(shell.run(f"model={name}", "data=digits", "pruner=topk", "debug=limit", "logger=none", f"output={name}"))
+        fine(shell.run(f"model={name}", "data=emoji", "pruner=topk", "debug=limit", "logger=none", f"output={name}"))
     assert [file for file in fetched(asked) if file.endswith((".safetensors", ".bin"))] == [
         "open_clip_model.safetensors"
     ]

@@ -121,13 +121,13 @@ def test_an_unsupported_family(saved, tmp_path):
 
 @pytest.mark.parametrize("part", ["vision", "text"])
 def test_a_llava_of_other_parts_is_refused(part):
-    """DINOv2 scales its layers, Gemma its embeddings: opened as CLIP and Llama, they would be silently wrong."""
-    from transformers import Dinov2Config, GemmaConfig, LlavaConfig, LlavaForConditionalGeneration
+    """DINOv2 has registers here, Gemma scales its embeddings: opened as DINOv2 and Llama, they would be silently wrong."""
+    from transformers import Dinov2WithRegistersConfig, GemmaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = make_llava().config
     small = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3, "num_attention_heads": 3}
     if part == "vision":
-        vision, text = Dinov2Config(**small, image_size=35, patch_size=7), config.text_config
+        vision, text = Dinov2WithRegistersConfig(**small, image_size=35, patch_size=7), config.text_config
     else:
         vision = config.vision_config
         text = GemmaConfig(**{**small, "hidden_size": 24}, num_key_value_heads=1, head_dim=8, vocab_size=30)

@@ -17,7 +17,7 @@ SAMPLES = 20  # of debug=limit
 
 def test_the_group_size_ablation_has_a_row_for_every_size_at_equal_tokens_and_at_equal_flops():
     rows = by_label(finished())
-    assert rows["unpruned"]["tokens"][-1] == 144
+    assert rows["unpruned"]["tokens"][-1] == 324
     for group in ("all", 2, 3, 4, 6):
         equal, dear = rows[f"group {group}"], rows[f"group {group}, equal FLOPs"]
         assert equal["tokens"][-1] == 16
@@ -84,9 +84,9 @@ def test_the_table_has_every_row_and_the_pictures_are_not_blank():
 def test_pictures_differ_where_what_was_kept_differs():
     from ivtp.report.figures import overlay
 
-    image = np.full((96, 96, 3), 200, np.uint8)
-    few, other, all_of_it = (overlay(image, kept, 144) for kept in ([0, 1], [142, 143], list(range(144))))
-    assert few.shape == (192, 192, 3)
+    image = np.full((144, 144, 3), 200, np.uint8)
+    few, other, all_of_it = (overlay(image, kept, 324) for kept in ([0, 1], [322, 323], list(range(324))))
+    assert few.shape == (288, 288, 3)
     assert (few != other).any()
     assert few[:16, :32].mean() == pytest.approx(200, abs=1)
     assert few[100:].mean() < 100
@@ -103,6 +103,26 @@ def test_a_second_run_evaluates_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning.Trainer.test", never)
     assert run("experiment=ablation_groupsize", output=tmp_path) == 0
     assert before == {path: path.stat().st_mtime_ns for path in [folder / "results.jsonl", *folder.glob("outcomes/*")]}
+
+
+def test_the_model_also_answers_without_images_once(tmp_path, capsys):
+    """Blind accuracy is that of the same questions, stands beside the table, and is not measured again."""
+    folder = shutil.copytree(finished(), tmp_path / "ablation_groupsize")
+    (blind,) = lines(folder / "blind.jsonl")
+    asked = lines(folder / "outcomes" / f"{blind['key']}.jsonl")
+    whole = lines(folder / "outcomes" / f"{lines(folder / 'results.jsonl')[0]['key']}.jsonl")
+    assert [o["id"] for o in asked] == [o["id"] for o in whole] and all(o["kept"] is None for o in asked)
+    assert blind["metrics"]["accuracy"]["mean"] == np.mean([o["correct"] for o in asked])
+    assert blind["metrics"]["accuracy"]["mean"] < np.mean([o["correct"] for o in whole])
+    assert run("experiment=ablation_groupsize", output=tmp_path) == 0
+    assert lines(folder / "blind.jsonl") == [blind]
+    table = (folder / "table.md").read_text()
+    assert "| without images |" in table and "| commonest answer |" in table
+    assert run("experiment=ablation_groupsize", "blind=false", output=tmp_path) == 0
+    assert "without images" not in (folder / "table.md").read_text()
+    capsys.readouterr()
+    assert run("model=tiny_clip", "data=emoji", "pruner=rollout", "blind=true", output=tmp_path) == 2
+    assert "an encoder is asked none" in capsys.readouterr().err
 
 
 def test_a_torn_last_line_is_set_aside_and_the_rest_is_used(tmp_path, capsys):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from reference import clip_states, open_clip_states, siglip_states, timm_features
+from reference import clip_states, dinov2_linears, dinov2_states, open_clip_states, siglip_states, timm_features
 
 from ivtp.backbones.clip_vit import ClipVit
+from ivtp.backbones.dinov2_vit import Dinov2Vit
 from ivtp.backbones.open_clip_vit import OpenClipVit
 from ivtp.backbones.siglip_vit import SiglipVit
 from ivtp.backbones.timm_vit import TimmVit
@@ -16,7 +17,7 @@ def is_timm(kind: str) -> bool:
 
 
 def stack_of(kind: str, model):
-    stacks = {"timm": TimmVit, "clip": ClipVit, "siglip": SiglipVit, "openclip": OpenClipVit}
+    stacks = {"timm": TimmVit, "clip": ClipVit, "siglip": SiglipVit, "openclip": OpenClipVit, "dinov2": Dinov2Vit}
     return stacks[kind.partition("_")[0]](model)
 
 
@@ -40,6 +41,8 @@ def masked(kind: str, model, pixels, cuts):
         return timm_features(model, pixels, cuts)
     if kind.startswith("openclip"):
         return open_clip_states(model, pixels, cuts)
+    if kind.startswith("dinov2"):
+        return model.layernorm(dinov2_states(model, pixels, cuts)[-1])
     return siglip_states(model, pixels, cuts) if kind.startswith("siglip") else clip_states(model, pixels, cuts)[-1]
 
 
@@ -49,6 +52,8 @@ def pooled(kind: str, model, states):
         return model.forward_head(states)
     if kind.startswith("openclip"):
         return model._pool(states)[0] @ model.proj
+    if kind.startswith("dinov2"):
+        return states[:, 0]
     return model.head(states) if kind.startswith("siglip") else model.post_layernorm(states[:, 0])
 
 
@@ -65,6 +70,9 @@ def mixed_in(kind: str, model, layer: int, x, heads):
     if kind.startswith("openclip"):
         block = model.transformer.resblocks[layer]
         return x + block.ls_1(block.attn.out_proj(heads))
+    if kind.startswith("dinov2"):
+        block = model.encoder.layer[layer]
+        return x + block.layer_scale1(dinov2_linears(block)[3](heads))
     return x + model.encoder.layers[layer].self_attn.out_proj(heads)
 
 

@@ -60,13 +60,16 @@ def write(folder: Path, target: Path, patches: int) -> None:
         do_sample=False,
     )
     llava.half().save_pretrained(part)
+    llava.config.dtype = torch.float32  # stored in half precision, run in single
+    llava.config.save_pretrained(part)
     processor(tokenizer, patches).save_pretrained(part)
     _, clip_tokenizer = models.tokenizers()
     config = CLIPConfig(
-        text_config=models.text_config(clip_tokenizer).to_dict(),
+        text_config=models.text_config(clip_tokenizer).to_dict() | {"dtype": "float32"},
         vision_config=models.vision_config(patches).to_dict(),
         projection_dim=models.JOINT,
         architectures=["CLIPModel"],
+        dtype="float32",
     )
     config.save_pretrained(part / "clip")
     clip_tokenizer.save_pretrained(part / "clip")

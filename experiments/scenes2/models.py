@@ -23,9 +23,9 @@ from ivtp.data.scenes2.assets import FOLDER
 LOW = torch.bfloat16
 WIDTH, HEADS, HEAD = 192, 3, 64
 VISION_LAYERS, VISION_FEED = 13, 480
-LANGUAGE_LAYERS, LANGUAGE_FEED = 12, 320
+LANGUAGE_LAYERS, LANGUAGE_FEED = 16, 192
 TEXT_LAYERS, TEXT_WIDTH, JOINT = 3, 128, 128
-PART_1 = 6  # layers of the language model before the cut of the main experiment
+PART_1 = 6  # layers of the language model that IVTP governs: 3 of 8, as in the paper
 PATCH = 8
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -7,9 +7,10 @@ Losses:
 - words: sigmoid contrast of the class token with each token of questions and captions, in its context. Positive where its
   term is true of the picture (less weight if only objects beyond the captions make it true), ignored where the term is
   in doubt there. The logit is `scale * (cosine - 0.2)`: a word is true beyond 0.2, the threshold of instruction-guided
-  pruning in the paper. Function words are always negative.
+  pruning in the paper. Function words are always negative. The words are those of some questions and captions, and terms
+  alone: half of them true of some picture of the batch.
 - dense: which concept a patch of an object shows, which tint, and what a patch of a sign says. Its weight falls to zero
-  by half time. No loss knows a place; attention is not supervised.
+  with the last step. No loss knows a place; attention is not supervised.
 """
 
 from pathlib import Path
@@ -19,9 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from experiments.scenes2 import cache, models
+from experiments.scenes2 import cache, loop, models
 from experiments.scenes2.cache import MOST, NAMES, TEXTS
-from experiments.tiny_vlm import loop
 from ivtp.data.scenes2 import words
 from ivtp.data.scenes2.assets import places
 from ivtp.data.scenes2.questions import SALIENT
@@ -144,9 +144,12 @@ def caption(said: list[Mention]) -> str:
 class Batches:
     """Endless batches of a worker, from its own stream of random numbers."""
 
-    def __init__(self, shards: list[cache.Shard], tokenizer, size: int, seed: tuple[int, ...], texts: int = 48):
-        self.shards, self.tokenizer, self.size, self.texts = shards, tokenizer, size, texts
+    def __init__(
+        self, shards: list[cache.Shard], tokenizer, size: int, seed: tuple[int, ...], texts: int = 24, alone: int = 256
+    ):
+        self.shards, self.tokenizer, self.size, self.texts, self.alone = shards, tokenizer, size, texts, alone
         self.rng, self.truth = np.random.default_rng(seed), Truth()
+        self.spoken = [words.singular(term) for term in TERMS]
 
     def __call__(self, shard: cache.Shard | None = None, index: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         rng = self.rng
@@ -190,7 +193,18 @@ class Batches:
                     encoded["offset_mapping"][row, :, 1] <= start + len(spoken)
                 )
                 of[row, inside & (of[row] > -2)] = _ID.get(term, -2)
+        truth = self.truth(things, signs, rows)
+        there = np.flatnonzero((truth > 0).any(0))
+        chosen = rng.choice(there, min(self.alone // 2, len(there)), replace=False)
+        others = np.setdiff1d(np.arange(len(TERMS)), chosen)
+        chosen = np.concatenate((chosen, rng.choice(others, self.alone - len(chosen), replace=False)))
+        terms_alone = self.tokenizer([self.spoken[i] for i in chosen], padding=True, return_tensors="np")
+        of_alone = np.repeat(chosen[:, None], terms_alone["input_ids"].shape[1], 1)
+        of_alone[(terms_alone["attention_mask"] == 0) | (terms_alone["input_ids"] >= len(self.tokenizer) - 2)] = -2
         batch = {
+            "ids_alone": terms_alone["input_ids"],
+            "mask_alone": terms_alone["attention_mask"],
+            "of_alone": of_alone,
             "images": np.ascontiguousarray(shard.images[index]),
             "things": things.astype(np.int64),
             "signs": signs.astype(np.int64),
@@ -199,7 +213,7 @@ class Batches:
             "mask": encoded["attention_mask"],
             "match": match,
             "of": of,
-            "truth": self.truth(things, signs, rows),
+            "truth": truth,
         }
         return {name: torch.from_numpy(np.array(value)).to(loop.device()) for name, value in batch.items()}
 
@@ -255,18 +269,18 @@ def losses(model: models.Joint, batch: dict, kept: torch.Tensor | None, dense: f
     own = torch.eye(n, dtype=torch.bool, device=image.device)
     losing = F.softplus(logits)[~batch["match"]]
     result["caption"] = F.softplus(-logits[own]).mean() + losing.sum() / n
-    of = batch["of"]
-    used = of >= -1
-    truth = batch["truth"][:, of[used].clamp(min=0)]
-    truth = torch.where((of[used] == -1)[None], -torch.ones_like(truth), truth)
-    function = (of[used] == -1)[None].expand_as(truth)
-    logits = model.word_scale.exp() * (image @ tokens[used].T - TAU)
+    _, alone = text_features(model.text, batch["ids_alone"], batch["mask_alone"])
+    pairs = ((tokens, batch["of"]), (alone, batch["of_alone"]))
+    tokens, of = torch.cat([t[o >= -1] for t, o in pairs]), torch.cat([o[o >= -1] for _, o in pairs])
+    function = (of == -1)[None].expand(n, -1)
+    truth = batch["truth"][:, of.clamp(min=0)].masked_fill(function, -1)
+    logits = model.word_scale.exp() * (image @ tokens.T - TAU)
     right, wrong = F.softplus(-logits), F.softplus(logits)
     positive, negative = truth.clamp(min=0), (truth < 0).float()
     content = negative * ~function
     result["words"] = (
         (right * positive).sum() / positive.sum().clamp(min=1)
-        + 2 * (wrong * content).sum() / content.sum().clamp(min=1)
+        + 5 * (wrong * content).sum() / content.sum().clamp(min=1)
         + 0.5 * (wrong * function).sum() / function.sum().clamp(min=1)
     )
     return result
@@ -352,6 +366,8 @@ def train(rank: int, workers: int, folder: Path, options) -> None:
     """One worker of stage A; resumes from `stage_a.pt`, ends with `stage_a_done.pt`."""
     torch.manual_seed(options.seed)
     model, tokenizer = build(options.size)
+    if options.start:
+        model.load_state_dict(torch.load(options.start, weights_only=True, map_location="cpu")["model"])
     model.to(loop.device())
     side = models.SIDES[options.size]
     held_out = cache.Shard(cache.wait(folder, "validation", options.seed, side)[0])
@@ -375,7 +391,7 @@ def train(rank: int, workers: int, folder: Path, options) -> None:
             batches.shards = [known.get(path) or cache.Shard(path) for path in paths]
         share = DROP[shared.choice(len(DROP), p=(0.3, 0.4, 0.3))] if options.drop else 1.0
         kept = draw_kept(share, batches.size, options.size, generator)
-        dense = options.dense * max(0.0, 1 - 2 * step / options.steps_a)
+        dense = options.dense * (1 - step / options.steps_a)
         parts = losses(model, batches(), kept, dense)
         sum(value for value in parts.values() if value.requires_grad).backward()
         for p in optimizers.parameters:

@@ -1,10 +1,13 @@
 """Stage B: projector and language model, from answers. The vision tower is frozen, its features are computed once.
 
 Many questions per scene go through one forward: each sees the image and itself only. The model sees all image tokens;
-`--drop` keeps a random share at the language model's input, as an ablation. Attention is not supervised. For the first
-quarter a decaying loss lets a projected patch score the first piece of its object's name through the head.
+`--drop` keeps a random share at the language model's input, as an ablation. Attention is not supervised. A decaying loss
+aligns the projected patches of an object with the first pieces of the words for it, and those of a sign with the pieces of
+what it says, both through the head and in the input embeddings. Some of the questions of a scene make room for more of
+those that have two answers, which stay at chance for longest. `--start-b` trains a finished model on.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from experiments.scenes2 import cache, models, stage_a
-from experiments.scenes2.cache import MOST, NAMES
-from experiments.tiny_vlm import loop
-from ivtp.data.scenes2.questions import FAMILIES
+from experiments.scenes2 import cache, loop, models, stage_a
+from experiments.scenes2.cache import MOST, NAMES, TEXTS
+from ivtp.data.scenes2 import words
+from ivtp.data.scenes2.questions import FAMILIES, FORMS, SIDES, ask_exist, ask_logic, ask_side, which_are_there
 
+SHARP = 14.0  # of the cosines with the input embeddings
 DROP, ODDS = (1.0, 1 / 3, 1 / 9), (0.45, 0.25, 0.3)
+HALVES = (8, 10, 0, 0), (2, 0, 6, 0)
+"""In each half of the steps: questions of a scene that make room, and exist, logic and spatial questions that come in."""
+ON = (8, 4, 2, 6)
+"""The same where a finished model is trained on."""
+APART = 0.2
+"""Of the side: how far the centres of what is visible of two objects must differ for a spatial question."""
 
 
 def load_joint(path: Path, patches: int) -> models.Joint:
@@ -29,20 +39,26 @@ def load_joint(path: Path, patches: int) -> models.Joint:
 
 @torch.no_grad()
 def compute_features(rank: int, workers: int, folder: Path, paths: list[Path], patches: int) -> None:
-    """Penultimate features (1000, n, width) of shards, bfloat16 as int16, beside them; each worker takes its share."""
+    """Features of shards; each worker takes its share."""
     joint = load_joint(folder / "stage_a_done.pt", patches).eval().to(loop.device())
     for path in paths[rank::workers]:
-        if (path / "features.npy").exists():
-            continue
-        images = cache.Shard(path).images
-        part = path / "features.part.npy"
-        out = np.lib.format.open_memmap(part, "w+", np.int16, (len(images), patches, models.WIDTH))
-        for start in range(0, len(images), 50):
-            some = torch.from_numpy(np.array(images[start : start + 50])).to(loop.device())
-            states, _ = models.fast_vision(joint.vision, models.normalise(some))
-            out[start : start + 50] = states[:, 1:].to(models.LOW).view(torch.int16).cpu().numpy()
-        out.flush()
-        part.rename(path / "features.npy")
+        encode(joint.vision, cache.Shard(path))
+
+
+@torch.no_grad()
+def encode(vision, shard: cache.Shard) -> None:
+    """Penultimate features (scenes, n, width) of a shard, bfloat16 as int16, beside it, if they are not there yet."""
+    if (shard.path / "features.npy").exists():
+        return
+    images, part = shard.images, shard.path / "features.part.npy"
+    patches = (images.shape[1] // models.PATCH) ** 2
+    out = np.lib.format.open_memmap(part, "w+", np.int16, (len(images), patches, models.WIDTH))
+    for start in range(0, len(images), 50):
+        some = torch.from_numpy(np.array(images[start : start + 50])).to(loop.device())
+        states, _ = models.fast_vision(vision, models.normalise(some))
+        out[start : start + 50] = states[:, 1:].to(models.LOW).view(torch.int16).cpu().numpy()
+    out.flush()
+    part.rename(shard.path / "features.npy")
 
 
 class Encoder:
@@ -116,8 +132,12 @@ def tokens_kept(
 
 
 @torch.no_grad()
-def evaluate(llava, shard: cache.Shard, encoder: Encoder, scenes: int, mode: str = "all", extra: bool = False) -> dict:
-    """Accuracy per family on a held-out shard.
+def answers(
+    llava, shard: cache.Shard, encoder: Encoder, scenes: int, mode: str = "all", extra: bool = False
+) -> Iterator[tuple[int, str, bool]]:
+    """Scene, group and correctness of the answers to the questions of a held-out shard.
+
+    Groups are families; with `extra` also "early" (first piece, read out after part 1), and size, salience and negatives.
 
     Args:
         llava: projector and language model.
@@ -126,15 +146,10 @@ def evaluate(llava, shard: cache.Shard, encoder: Encoder, scenes: int, mode: str
         scenes: how many.
         mode: `all` tokens; `random` or `oracle` 1/9 of them (one question at a time for the oracle); `blind`: no image;
             `shuffled`: the image of another scene.
-        extra: also accuracy after part 1 (first piece), and by size and salience of the targets.
+        extra: also the other groups.
     """
     patches = (shard.images.shape[1] // models.PATCH) ** 2
-    scenes, right = min(scenes, len(shard)), {}
-    rng = np.random.default_rng(1)
-
-    def add(name: str, value: float) -> None:
-        right.setdefault(name, []).append(value)
-
+    scenes, rng = min(scenes, len(shard)), np.random.default_rng(1)
     features = np.load(shard.path / "features.npy", mmap_mode="r") if mode != "blind" else None
     for start in range(0, scenes, 20):
         index = np.arange(start, min(start + 20, scenes))
@@ -160,25 +175,132 @@ def evaluate(llava, shard: cache.Shard, encoder: Encoder, scenes: int, mode: str
         for i, group in enumerate(groups):
             for j, question in enumerate(group):
                 family, value = question[0], hit[i, j].item()
-                add(family, value)
+                scene = int(index[i // len(FAMILIES) if mode == "oracle" else i])
+                yield scene, family, value
                 if extra:
                     place = first[i, j, 0]
-                    add("early", (middle[i, j, place].argmax() == targets[i, j, place]).item())
-                    for name in question[5:7]:
-                        if name:
-                            add(f"{'size' if name in cache.TIERS else 'salience'}_{name}", value)
-                    if family == "exist":
-                        add(f"negatives_{question[7]}", value)
+                    yield scene, "early", (middle[i, j, place].argmax() == targets[i, j, place]).item()
+                    for kind, level in zip(("size", "salience", "negatives"), question[5:8], strict=True):
+                        if level:
+                            yield scene, f"{kind}: {level}", value
+
+
+def evaluate(*arguments, **more) -> dict[str, float]:
+    """Mean of every group of `answers`, and the average over the families."""
+    right: dict[str, list[bool]] = {}
+    for _, group, value in answers(*arguments, **more):
+        right.setdefault(group, []).append(value)
     result = {name: sum(values) / len(values) for name, values in right.items()}
     return result | {"average": sum(result[family] for family in FAMILIES) / len(FAMILIES)}
 
 
-def alignment(llava, image: torch.Tensor, shard: cache.Shard, index: np.ndarray, first: torch.Tensor) -> torch.Tensor:
-    """A projected patch of an object should score the first piece of its name, through the final norm and the head."""
+class More:
+    """More questions with two answers about scenes. Of the absent things half are in a neighbour of the batch."""
+
+    def __init__(self):
+        self.truth, terms = stage_a.Truth(), set(words.terms()) - words.NOT_ASKED
+        self.terms = np.array([i for i, term in enumerate(stage_a.TERMS) if term in terms])
+
+    def __call__(
+        self, shard: cache.Shard, index: np.ndarray, counts: tuple[int, int, int], rng: np.random.Generator
+    ) -> list[list[tuple]]:
+        """For each scene so many exist, logic and spatial questions, in the form of the cache's, without targets."""
+        exist, logic, spatial = counts
+        nothing_written = np.full_like(shard.signs[index], -1)
+        truth = self.truth(shard.things[index], nothing_written, shard.places[index])[:, self.terms]
+        shown = np.flatnonzero((truth > 0).any(0))
+        shapes = shard.patches(index)[:, :MOST] if spatial else [None] * len(truth)
+        groups = []
+        for row, things, shape in zip(truth, shard.things[index], shapes, strict=True):
+            there, near, absent = np.flatnonzero(row > 0), shown[row[shown] < 0], np.flatnonzero(row < 0)
+
+            def term(present: bool, pools=(there, near, absent)) -> str:
+                pool = pools[0] if present else pools[1 + int(rng.random() < 0.5)]
+                return stage_a.TERMS[self.terms[rng.choice(pool)]]
+
+            group = self.sides(things[:, 0], shape, spatial, rng) if spatial else []
+            for _ in range(exist + spatial - len(group)):
+                yes = rng.random() < 0.5
+                group.append(("exist", ask_exist(rng, term(yes)), "yes" if yes else "no"))
+            for _ in range(logic):
+                form, yes = FORMS[rng.integers(len(FORMS))], rng.random() < 0.5
+                first, second = which_are_there(rng, form, yes)
+                a, b = term(first), term(second)
+                while words.terms()[a] & words.terms()[b]:
+                    a, b = term(first), term(second)
+                group.append(("logic", ask_logic(form, a, b), "yes" if yes else "no"))
+            groups.append(group)
+        return groups
+
+    def sides(self, concepts: np.ndarray, shape: np.ndarray, count: int, rng: np.random.Generator) -> list[tuple]:
+        """So many questions on which side of another object an object is; none where all are too close.
+
+        concepts  of the objects of a scene, -1: none
+        shape     (objects, patches): which patches show them
+        """
+        side = int(shape.shape[1] ** 0.5)
+        place = np.stack(np.divmod(np.arange(side * side), side)[::-1], 1) / side
+        once = [i for i in np.flatnonzero((concepts >= 0) & shape.any(1)) if (concepts == concepts[i]).sum() == 1]
+        centre = {i: place[shape[i]].mean(0) for i in once}
+        pairs = [
+            (i, j, axis)
+            for i in once
+            for j in once
+            for axis in (0, 1)
+            if abs(centre[i][axis] - centre[j][axis]) >= APART
+        ]
+        group = []
+        for _ in range(count if pairs else 0):
+            i, j, axis = pairs[rng.integers(len(pairs))]
+            low, high = SIDES[axis]
+            text = ask_side(NAMES[concepts[i]], NAMES[concepts[j]], low, high)
+            group.append(("spatial", text, low if centre[i][axis] < centre[j][axis] else high))
+        return group
+
+
+def first_pieces(encoder: Encoder, size: int) -> torch.Tensor:
+    """First pieces of the words for every concept and tint (concepts + tints, vocabulary); rows sum to 1."""
+    table = torch.zeros(len(NAMES) + len(words.COLORS), size)
+    for row, name in enumerate(NAMES):
+        terms = words.terms_of(name)
+        spoken = {words.singular(term) for term in terms} | {words.plural(t) for t in terms if t in words.hypernyms()}
+        for text in spoken:
+            table[row, encoder.ids(text)[0]] = 1
+        table[row, encoder.ids(name)[0]] += 2  # the name counts most
+    for row, color in enumerate(words.COLORS, start=len(NAMES)):
+        table[row, encoder.ids(color)[0]] = 1
+    return table / table.sum(1, keepdim=True)
+
+
+def sign_pieces(encoder: Encoder, size: int) -> torch.Tensor:
+    """Pieces of what signs say, and of their colours (texts + colours, vocabulary); rows sum to 1."""
+    table = torch.zeros(len(TEXTS) + len(words.SIGN_COLORS), size)
+    for row, text in enumerate((*TEXTS, *words.SIGN_COLORS)):
+        ids = encoder.ids(text)
+        for piece in ids:
+            table[row, piece] += 1 / len(ids)
+    return table
+
+
+def alignment(
+    llava, image: torch.Tensor, shard: cache.Shard, index: np.ndarray, pieces: torch.Tensor, written: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of the projected patches of objects and signs with the words for them: through the final norm and the
+    head, and by cosine with the input embeddings."""
     shown, things = torch.from_numpy(shard.patches(index)), torch.from_numpy(shard.things[index].astype(np.int64))
     scene, thing, patch = shown[:, :MOST].nonzero(as_tuple=True)
-    states = models.rms(llava.model.language_model.norm, image[scene.to(image.device), patch.to(image.device)])
-    return F.cross_entropy(llava.lm_head(states), first[things[scene, thing, 0]].to(image.device))
+    concept, tint = things[scene, thing, 0], things[scene, thing, 1]
+    wanted = pieces[concept]
+    tinted = (tint >= 0)[:, None]
+    wanted = torch.where(tinted, 0.7 * wanted + 0.3 * pieces[len(NAMES) + tint.clamp(min=0)], wanted)
+    on, sign, at = shown[:, MOST:].nonzero(as_tuple=True)
+    color, text = torch.from_numpy(shard.signs[index].astype(np.int64))[on, sign].unbind(-1)
+    wanted = torch.cat((wanted, 0.7 * written[text] + 0.3 * written[len(TEXTS) + color])).to(image.device)
+    states = image[torch.cat((scene, on)).to(image.device), torch.cat((patch, at)).to(image.device)]
+    language = llava.model.language_model
+    near = F.normalize(states, dim=-1) @ F.normalize(language.embed_tokens.weight, dim=-1).T
+    through = llava.lm_head(models.rms(language.norm, states))
+    return 0.5 * (F.cross_entropy(through, wanted) + F.cross_entropy(SHARP * near, wanted))
 
 
 def new_model(patches: int, seed: int):
@@ -187,6 +309,8 @@ def new_model(patches: int, seed: int):
     tokenizer, _ = models.tokenizers()
     llava = models.new_llava(tokenizer, patches)
     models.start_like_identity(llava.model.language_model)
+    with torch.no_grad():
+        llava.lm_head.weight.copy_(llava.model.language_model.embed_tokens.weight)
     return llava, tokenizer
 
 
@@ -210,16 +334,23 @@ def train(rank: int, workers: int, folder: Path, options, blind: bool = False) -
         llava.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizers"])
         first = state["step"]
+    elif options.start_b and not blind:
+        llava.load_state_dict(torch.load(options.start_b, weights_only=True, map_location=loop.device())["model"])
     rng, shared = np.random.default_rng((options.seed, rank, first, 2)), np.random.default_rng((options.seed, first, 3))
     encoder = Encoder(tokenizer)
-    pieces = torch.tensor([encoder.ids(concept)[0] for concept in NAMES])
-    size, align_until = options.batch_b // workers, steps // 4
-    sums: dict[str, float] = {}
+    pieces, written = first_pieces(encoder, len(tokenizer)), sign_pieces(encoder, len(tokenizer))
+    size, more_questions = options.batch_b // workers, More()
+    sums: dict[str, list[float]] = {}
     for step in range(first, steps):
         which = rng.integers(len(shards))
         shard = shards[which]
         index = np.sort(rng.choice(len(shard), size, replace=False))
         groups = [shard.questions[i] for i in index]
+        if not blind:
+            out, *counts = ON if options.start_b else HALVES[2 * step // steps]
+            columns = np.sort(rng.choice(len(groups[0]), len(groups[0]) - out, replace=False))
+            more = more_questions(shard, index, counts, rng)
+            groups = [[group[i] for i in columns] + new for group, new in zip(groups, more, strict=True)]
         ids, valid, targets = encoder(groups)
         seen = kept = None
         if not blind:
@@ -231,22 +362,20 @@ def train(rank: int, workers: int, folder: Path, options, blind: bool = False) -
         logits, _, image = forward(llava, seen, kept, ids, valid, targets.shape[-1])
         loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=-100)
         total = loss
-        if step < align_until and not blind and kept is None:
-            total = loss + 0.5 * (1 - step / align_until) * alignment(llava, image, shard, index, pieces)
+        if not blind and kept is None and not options.start_b:
+            total = loss + (1 - step / steps) * alignment(llava, image, shard, index, pieces, written)
         total.backward()
         for p in optimizers.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         norm = optimizers.step(step)
-        sums["loss"] = sums.get("loss", 0.0) + loss.item()
         hit = hits(logits.detach(), targets).float().mean(0)
-        families = [q[0] for q in groups[0]]
-        for family in FAMILIES:
-            mine = [h for h, f in zip(hit.tolist(), families, strict=True) if f == family]
-            sums[family] = sums.get(family, 0.0) + sum(mine) / len(mine)
+        sums.setdefault("loss", []).append(loss.item())
+        for question, value in zip(groups[0], hit.tolist(), strict=True):
+            sums.setdefault(question[0], []).append(value)
         last = step + 1 == steps
         if (step + 1) % options.log_every == 0:
-            log(step=step + 1, norm=norm, **{key: value / options.log_every for key, value in sums.items()})
+            log(step=step + 1, norm=norm, **{name: sum(values) / len(values) for name, values in sums.items()})
             sums = {}
         if (step + 1) % options.save_every == 0 or last:
             if rank == 0:

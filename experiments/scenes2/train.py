@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.scenes2 import cache, export, models, stage_a, stage_b
-from experiments.tiny_vlm import loop
+from experiments.scenes2 import cache, export, loop, models, stage_a, stage_b
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -21,13 +20,15 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=40, help="of training scenes")
     parser.add_argument("--fillers", type=int, default=1, help="processes that draw the scenes")
     parser.add_argument("--shard-scenes", type=int, default=cache.SHARD, help="scenes of a shard")
-    parser.add_argument("--steps-a", type=int, default=2200)
-    parser.add_argument("--batch-a", type=int, default=64, help="scenes")
+    parser.add_argument("--steps-a", type=int, default=4000)
+    parser.add_argument("--batch-a", type=int, default=32, help="scenes")
     parser.add_argument("--rate-a", type=float, default=2e-3)
-    parser.add_argument("--dense", type=float, default=1.0, help="initial weight of the dense label")
+    parser.add_argument("--start", type=Path, help="stage A begins with the weights of this `stage_a_done.pt`")
+    parser.add_argument("--dense", type=float, default=0.8, help="initial weight of the dense label")
     parser.add_argument("--steps-b", type=int, default=1400)
     parser.add_argument("--batch-b", type=int, default=16, help="scenes, of 20 questions each")
     parser.add_argument("--rate-b", type=float, default=2e-3)
+    parser.add_argument("--start-b", type=Path, help="stage B goes on from this `stage_b_done.pt`")
     parser.add_argument("--blind-steps", type=int, default=300, help="of the blind baseline")
     parser.add_argument("--drop", action="store_true", help="ablation: drop patches at random in training")
     parser.add_argument("--log-every", type=int, default=20)

@@ -25,6 +25,7 @@ FAMILIES = {
     "siglip": "ivtp.backbones.siglip_vit",
     "clip_vision_model": "ivtp.backbones.clip_vit",
     "siglip_vision_model": "ivtp.backbones.siglip_vit",
+    "dinov2": "ivtp.backbones.dinov2_vit",
     "timm.VisionTransformer": "ivtp.backbones.timm_vit",
     "timm.Eva": "ivtp.backbones.timm_vit",
     **dict.fromkeys(

@@ -49,7 +49,9 @@ def as_text_encoder(given: str | Path | TextEncoder | None) -> str | TextEncoder
         return given
     if isinstance(given, Path):
         return str(given)
-    lacking = [name for name in ("encode", "project", "sizes", "context", "joint") if not hasattr(given, name)]
+    lacking = [
+        name for name in ("encode", "lengths", "project", "sizes", "context", "joint") if not hasattr(given, name)
+    ]
     if lacking:
         raise ModelError(
             f"text_encoder={type(given).__name__} object lacks {', '.join(lacking)} of ivtp.backbones.guidance.TextEncoder; "

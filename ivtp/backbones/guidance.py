@@ -27,6 +27,9 @@ class TextEncoder(Protocol):
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
         """Each text as a whole in the joint space, one row per chunk of the context "m d"."""
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens that it reads of each text, the two marks of a chunk included: what `cost` asks for."""
+
     def project(self, cls: Tensor) -> Tensor:
         """The visual CLS "b d", after the tower's last norm, in the joint space."""
 
@@ -51,6 +54,9 @@ class TransformersText:
         ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         return encode_chunks(ids, marks, self.context, self._features, pooled=True)
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(ids) + 2 for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     def _features(self, rows: list[list[int]]) -> Tensor:
         longest = max(map(len, rows))
@@ -90,6 +96,9 @@ class OpenClipText:
         ids = [self.tokenizer.encode(text) for text in texts]
         marks = (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id)
         return encode_chunks(ids, marks, self.context, self._features, pooled=True)
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(self.tokenizer.encode(text)) + 2 for text in texts]
 
     def _features(self, rows: list[list[int]]) -> Tensor:
         model, n = self.model, max(map(len, rows))

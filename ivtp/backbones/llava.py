@@ -14,6 +14,7 @@ from ivtp.backbones import ModelError, family
 from ivtp.backbones.clip_vit import ClipVit
 from ivtp.backbones.companions import guide_for, text_sizes
 from ivtp.backbones.decoders import decoder_layers
+from ivtp.backbones.dinov2_vit import Dinov2Vit
 from ivtp.backbones.generating import generating
 from ivtp.backbones.pictures import Front, Layout, Picture
 from ivtp.backbones.replacing import replaced
@@ -24,7 +25,7 @@ from ivtp.backbones.vlm import PrunedModel
 from ivtp.pruning.cost import Shape
 from ivtp.pruning.tokens import Tokens
 
-TOWERS = {"clip_vision_model": ClipVit, "siglip_vision_model": SiglipVit}
+TOWERS = {"clip_vision_model": ClipVit, "siglip_vision_model": SiglipVit, "dinov2": Dinov2Vit}
 
 
 class Images(Protocol):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -155,6 +156,25 @@ class Survey:
     failed: dict[int, Failed] = field(default_factory=dict)
 
 
+class WithoutImages(Dataset):
+    """Samples of a data set without their images and image tokens, for blind accuracy."""
+
+    def __init__(self, data: Dataset, image_token: str) -> None:
+        self.data, self.image_token = data, image_token
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, place: int) -> dict:
+        sample = {name: value for name, value in self.data[place].items() if name != "image"}
+        if "messages" in sample:
+            sample["messages"] = [
+                {**m, "content": [part for part in m["content"] if part["type"] == "text"]} for m in sample["messages"]
+            ]
+        question = sample["question"].replace(self.image_token, "").strip()
+        return sample | {"images": [], "question": question, "patches": torch.zeros_like(sample["patches"])}
+
+
 class QuestionData(L.LightningDataModule):
     """A data set for testing; `done` holds ids that have their outcome already.
 
@@ -256,6 +276,13 @@ class QuestionData(L.LightningDataModule):
     def _open(self, place: int) -> tuple[dict, bytes]:
         sample = self.data[place]
         return sample, b"".join(image.tobytes() for image in pictures(sample)) + sample["patches"].numpy().tobytes()
+
+    def without_images(self) -> QuestionData:
+        """The same questions without their images, judged alike; metrics of the data set's own are left out."""
+        data = WithoutImages(self.data, self.collate.image_token)
+        blind = QuestionData(data, self.collate, self.batch_size, sort=self.sort)
+        blind.judge, blind.generation = self.judge, self.generation
+        return blind
 
     def scores(self, outcomes: list[dict], folder) -> list:
         """Metrics of the data set's own, beside accuracy."""

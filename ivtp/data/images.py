@@ -1,10 +1,11 @@
-"""Labelled images for encoders: a folder per class, a data set of the hub, scikit-learn's handwritten digits."""
+"""Labelled images for encoders: a folder per class, a data set of the hub, emoji."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable, Sequence
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -169,27 +170,54 @@ def hub_images(
     )
 
 
-def digits(patch_count: int, split: str = "test", size: int = 5, whole: bool = True) -> Images:
-    """Handwritten digits (`sklearn.datasets.load_digits`), each on a coloured card before a photograph, as in `scenes`.
+def emoji(
+    patch_count: int, styles: Sequence[str], size: int = 8, background: str = "white", whole: bool = True
+) -> Images:
+    """Emoji of the embedded assets in some drawing styles; the class is what is drawn.
 
-    size   side of the card in twelfths of the picture's (`scenes`: 4 or 5), at most 12
-    whole  the model sees the whole picture, so that its patches are known if they stand 12 × 12
+    styles  at least one of `assets.EMOJI` and twemoji; every concept that noto draws is a class, whatever the styles
+    size    longer side of the drawing in twelfths of the picture's, at most 12
+    background  white, or photo: a crop of one of the panoramas
+    whole   the model sees the whole picture, so that its patches are known if they stand in a square
     """
-    from ivtp.data import scenes
+    from ivtp.data.scenes2.assets import EMOJI, concepts, panorama, places, sprite
 
-    if split not in scenes.SPLITS:
-        raise DataError(f"data.split={split!r} is not one of {', '.join(scenes.SPLITS)}")
-    if not 1 <= size <= scenes.GRID:
-        raise DataError(f"data.size={size} must be between 1 and {scenes.GRID}, the side of the whole picture")
-    pool = np.sort(scenes.digit_pool(split))
-    known = whole and patch_count == scenes.GRID**2
+    known = (*EMOJI, "twemoji")
+    if isinstance(styles, str) or not styles or not set(styles) <= set(known):
+        raise DataError(f"data.styles={styles} must be a list of styles: {', '.join(known)}")
+    if not 1 <= size <= 12:
+        raise DataError(f"data.size={size} must be between 1 and 12, the side of the whole picture")
+    if background not in ("white", "photo"):
+        raise DataError(f"data.background={background} must be white or photo")
+    drawn = [concept for concept in concepts().values() if "noto" in concept.views]
+    cells = [(i, s, cell) for i, concept in enumerate(drawn) for s in styles for cell in concept.views.get(s, ())]
+    grid = isqrt(patch_count)
+    known_patches = whole and grid**2 == patch_count
 
-    def asked(place: int) -> torch.Tensor:
-        patches = scenes.digit_card(int(pool[place]), size)[1] if known else np.zeros(patch_count, bool)
-        return torch.from_numpy(patches)
+    def canvas(place: int) -> Image.Image:
+        drawing = sprite(*cells[place][1:]).convert("RGBA")
+        side = max(drawing.size) * 12 // size
+        picture = Image.new("RGBA", (side, side))
+        picture.paste(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
+        return picture
 
     def picture(place: int) -> Image.Image:
-        return Image.fromarray(scenes.digit_card(int(pool[place]), size)[0])
+        drawing = canvas(place)
+        behind = Image.new("RGBA", drawing.size, "white")
+        if background == "photo":
+            photo = panorama(place % len(places("test")))
+            left, height = place * 37 % (photo.width - photo.height), photo.height
+            behind = photo.crop((left, 0, left + height, height)).resize(drawing.size).convert("RGBA")
+        return Image.alpha_composite(behind, drawing).convert("RGB")
 
-    ids, labels = [f"digit-{source}" for source in pool], [scenes.digit_value(int(source)) for source in pool]
-    return Images(ids, labels, scenes.NUMBERS, picture, asked, lambda i: f"{ids[i]} {size}")
+    def shown(place: int) -> torch.Tensor:
+        """Patches of which the drawing covers half or more."""
+        if not known_patches:
+            return torch.zeros(patch_count, dtype=torch.bool)
+        cover = canvas(place).getchannel("A").resize((grid, grid), Image.Resampling.BOX)
+        return torch.from_numpy(np.asarray(cover) >= 128).flatten()
+
+    ids = [f"{drawn[i].name}-{style}-{cell}" for i, style, cell in cells]
+    labels = [i for i, _, _ in cells]
+    names = [concept.name for concept in drawn]
+    return Images(ids, labels, names, picture, shown, lambda i: f"{ids[i]} {size} {background}")

@@ -99,7 +99,7 @@ def shown(visuals: Sequence | None, text: str, chat: bool) -> dict:
 
 
 class LmmsTask(Dataset):
-    """One task. Items have the fields of `Scenes`, but `images`, a list, in place of `image`; with `chat` also `messages`.
+    """One task. Items have the fields of `Scenes2`, but `images`, a list, in place of `image`; with `chat` also `messages`.
 
     patches  how many patches an image has (nobody knows which of them are asked about)
     metric   the metric or metrics (their sum) that the run is about; default: the task's first

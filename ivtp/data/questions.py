@@ -33,7 +33,7 @@ class Questions(Dataset):
     patches   indices of the patches of the one image that show what is asked about
 
     match, answers  how an answer is scored: see `Scorer`
-    Items have the fields of `Scenes`; of several answers or none also `answers`, and of `images` those in place of
+    Items have the fields of `Scenes2`; of several answers or none also `answers`, and of `images` those in place of
     `image`. Raises DataError: of the table when it is read, naming the line; of an image when it is opened, naming the
     sample.
     """

@@ -79,11 +79,11 @@ def respond(
 class Answer(Isolated):
     """Answers every question under a plan and hands each sample's outcome to `record`, batch by batch. Never trains.
 
-    An outcome is a dict: id, image, family, question; answer, prediction, correct and what else `judge` says; early (the
-    answer read out after part 1), early_correct, kept (patch indices after the last cut), hit (some kept token lies on
-    what was asked about), share (of kept tokens there), words (of the instruction, with their relevance); of samples
-    whose id is in `watch` also lived (see there); where crops are limited, fewer_crops (images that the checkpoint would
-    have cut into more). That of a sample without an answer: see `Failed`.
+    An outcome is a dict: id, image, family, question; difficulty, if the data set states it; answer, prediction, correct
+    and what else `judge` says; early (the answer read out after part 1), early_correct, kept (patch indices after the last
+    cut), hit (some kept token lies on what was asked about), share (of kept tokens there), words (of the instruction, with
+    their relevance); of samples whose id is in `watch` also lived (see there); where crops are limited, fewer_crops (images
+    that the checkpoint would have cut into more). That of a sample without an answer: see `Failed`.
     """
 
     def __init__(
@@ -145,6 +145,7 @@ class Answer(Isolated):
                     "image": sample.get("image_id", sample["id"]),
                     "family": sample["family"],
                     "question": sample["question"],
+                    **({"difficulty": sample["difficulty"]} if "difficulty" in sample else {}),
                     **judged,
                     "early": normalise(early[i]),
                     "early_correct": self.early(sample, judged, early[i], first[i]),

@@ -89,7 +89,7 @@ def error(scores: Sequence, value: float) -> float:
 
 def own(metrics: dict) -> list[str]:
     """The benchmark's own among the metrics of a row; "score" only where it is a sum that none of them is."""
-    names = [name for name in metrics if "/" in name and not name.startswith("accuracy/")]
+    names = [name for name in metrics if "/" in name and not name.startswith(("accuracy/", "difficulty/"))]
     return names + (["score"] if "score" in metrics and metrics["score"]["name"] not in names else [])
 
 

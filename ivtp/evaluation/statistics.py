@@ -61,7 +61,8 @@ def bootstrap(
 
 
 def summary(outcomes: Sequence[dict]) -> dict:
-    """Metrics of one row: {name: {"mean", "se", "n"}}; accuracies per family and over all questions."""
+    """Metrics of one row: {name: {"mean", "se", "n"}}; accuracies over all questions, per family, and per level of what
+    makes them hard ("difficulty/size: small")."""
     images = [o["image"] for o in outcomes]
 
     def metric(key: str, rows: Sequence[dict] = outcomes) -> dict:
@@ -70,10 +71,17 @@ def summary(outcomes: Sequence[dict]) -> dict:
         return {"mean": mean, "se": error, "n": len(rows)}
 
     families = list(dict.fromkeys(o["family"] for o in outcomes))
+    levels = sorted({level for o in outcomes for level in o.get("difficulty", {}).items()})
     return {
         "accuracy": metric("correct"),
         **({"top5": metric("top5")} if any(o.get("top5") is not None for o in outcomes) else {}),
         **{f"accuracy/{f}": metric("correct", [o for o in outcomes if o["family"] == f]) for f in families},
+        **{
+            f"difficulty/{name}: {level}": metric(
+                "correct", [o for o in outcomes if o.get("difficulty", {}).get(name) == level]
+            )
+            for name, level in levels
+        },
         "acc_early": metric("early_correct"),
         "hit": metric("hit"),
         "share": metric("share"),
@@ -158,6 +166,21 @@ def spread(summaries: Sequence[dict]) -> dict:
         merged[name] = {**first, "mean": float(np.mean(means)) if means else None}
         merged[name]["sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else None
     return merged
+
+
+def commonest(outcomes: Sequence[dict]) -> dict:
+    """Answer prior: accuracy of the commonest answer of each family, {"accuracy", "accuracy/FAMILY"}.
+
+    Of several accepted answers all together count as one. Empty without scored questions.
+    """
+    answers = defaultdict(Counter)
+    for outcome in outcomes:
+        if outcome["correct"] is not None:
+            answers[outcome["family"]][outcome["answer"]] += 1
+    most = {family: max(counts.values()) for family, counts in answers.items()}
+    total = sum(counts.total() for counts in answers.values())
+    families = {f"accuracy/{family}": n / answers[family].total() for family, n in most.items()}
+    return {"accuracy": sum(most.values()) / total, **families} if total else {}
 
 
 def passing(outcomes: Sequence[dict], tau: float, most: int = 12) -> dict:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ivtp import records
 from ivtp.data.failures import answered, failures
-from ivtp.evaluation.statistics import compare
+from ivtp.evaluation.statistics import commonest, compare
 from ivtp.report import claims, overlap, paper
 from ivtp.report.claims import judge, together
 from ivtp.report.figures import accuracy_cost, kept_tokens
 from ivtp.report.page import write_page
-from ivtp.report.tables import as_markdown, markdown, print_other, print_table
+from ivtp.report.tables import as_markdown, families_of, levels_of, markdown, percent, print_other, print_table
 
 
 def report(
@@ -47,7 +47,14 @@ def report(
     judged = judge(about.get("claims") or [], outcomes, rows[0]["experiment"])
     records.replace(folder / "claims.json", records.as_json(judged, indent=1))
     agreement = list(overlap.overlaps(rows, outcomes, about["overlap"])) if about.get("overlap") is not None else []
-    others = [*failed_samples(failed), *other_tables(folder, rows, judged, about), *map(overlap.table, agreement)]
+    blind = {record["key"]: record for record in records.read(folder / "blind.jsonl")[0]}.get(about.get("blind"))
+    others = [
+        *failed_samples(failed),
+        *blind_table(rows, blind, commonest(outcomes[rows[0]["label"]])),
+        *by_difficulty(rows),
+        *other_tables(folder, rows, judged, about),
+        *map(overlap.table, agreement),
+    ]
     for other in others:
         print_other(*other[:3], console, *other[3:])
     text = as_markdown(rows, comparisons) + "".join(markdown(*other) for other in others)
@@ -93,6 +100,32 @@ def failed_samples(failed: dict[str, list[dict]], most: int = 50) -> Iterator[tu
         lines[:most],
         f"They are left out of every number, and of both rows of a comparison. The next start tries them again.{more}",
     )
+
+
+def blind_table(rows: list[dict], blind: dict | None, prior: dict[str, float]) -> Iterator[tuple]:
+    """The table of blind accuracy and answer prior beside the first row; nothing where `blind` was not measured."""
+    if blind is None:
+        return
+    names = [f"accuracy/{family}" for family in families_of(rows)]
+    names = ["accuracy", *(names if len(names) > 1 else [])]
+    lines = [
+        [label, *(percent(metrics.get(name)) for name in names)]
+        for label, metrics in ((rows[0]["label"], rows[0]["metrics"]), ("without images", blind["metrics"]))
+    ]
+    lines.append(["commonest answer", *(f"{100 * prior[name]:.1f}" if name in prior else "–" for name in names)])
+    heads = ["", *(name.removeprefix("accuracy/") for name in names)]
+    note = "without images: the unpruned model reads the questions alone; commonest answer: always that of the family."
+    yield "Blind accuracy and answer prior", heads, lines, note
+
+
+def by_difficulty(rows: list[dict]) -> Iterator[tuple]:
+    """The table of accuracies per level of difficulty, where the data set states it."""
+    levels = levels_of(rows)
+    if levels:
+        lines = [
+            [row["label"], *(percent(row["metrics"].get(f"difficulty/{level}")) for level in levels)] for row in rows
+        ]
+        yield "Accuracy by difficulty", ["", *levels], lines, "Of the questions that have such a target, in %."
 
 
 def other_tables(folder: Path, rows: list[dict], judged: list[dict], about: dict) -> Iterator[tuple]:

@@ -190,7 +190,7 @@ function options(select, entries, chosen) {
 
 /** Recompute what the controls offer after any of them changed, keep the sample if it is still there, draw. */
 function choose() {
-  shown = samples.map((_, s) => s).filter((s) => (!state.family || samples[s].family === state.family) && FILTERS[state.filter](s));
+  shown = samples.map((_, s) => s).filter((s) => (!state.family || samples[s].groups.includes(state.family)) && FILTERS[state.filter](s));
   // Questions without a stored picture come last.
   shown.sort((one, other) => ("picture" in samples[other]) - ("picture" in samples[one]) || one - other);
   if (!shown.includes(state.sample)) state.sample = shown[0] ?? -1;

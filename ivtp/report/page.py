@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ivtp import records
 from ivtp.evaluation.benchmarks import principal
-from ivtp.report.tables import cells, families_of, image_settings, notes
+from ivtp.report.tables import cells, families_of, image_settings, levels_of, notes
 from ivtp.text import printable
 
 HERE = Path(__file__).parent
@@ -152,6 +152,7 @@ def payload(
         picture = stored.get(key)
         shown = picture is not None and (folder / "viewer" / picture["picture"]).is_file()
         about = {name: o[name] for name in ("id", "image", "family", "question", "answer")}
+        about["groups"] = [o["family"], *(f"{name}: {level}" for name, level in o.get("difficulty", {}).items())]
         listed.append(about | ({"picture": pictures(picture["picture"]), "asked": picture["asked"]} if shown else {}))
     return {
         "rows": [
@@ -162,7 +163,7 @@ def payload(
         "heads": heads,
         "cells": lines,
         "measure": rows[0]["metrics"]["score"]["name"] if "score" in rows[0]["metrics"] else "accuracy, %",
-        "families": families_of(rows),
+        "families": families_of(rows) + levels_of(rows),
         "samples": listed,
         "pictures": [data_uri(folder / "viewer" / name) for name in pictures],
         "texts": list(texts),
@@ -177,7 +178,11 @@ def data_uri(path: Path) -> str:
 def one(row: dict, by_id: dict[str, dict], samples: list[dict], texts: Index, words: Index) -> dict:
     """A row for the script; its per-sample lists are in the order of `samples`, -1 or null where it has no answer."""
     pruner = row["pruner"]
-    accuracies = {key: m for key, m in row["metrics"].items() if key.startswith("accuracy")}
+    accuracies = {
+        key.removeprefix("difficulty/"): m
+        for key, m in row["metrics"].items()
+        if key.startswith(("accuracy", "difficulty/"))
+    }
     found = [by_id.get(sample["id"]) for sample in samples]
     seen = [o if o and "picture" in sample else None for o, sample in zip(found, samples, strict=True)]
     return {

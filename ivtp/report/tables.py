@@ -63,6 +63,12 @@ def families_of(rows: list[dict]) -> list[str]:
     return [name.removeprefix("accuracy/") for name in names if name.startswith("accuracy/")]
 
 
+def levels_of(rows: list[dict]) -> list[str]:
+    """Levels of difficulty of all rows, as "size: small"."""
+    names = dict.fromkeys(key for row in rows for key in row["metrics"])
+    return [name.removeprefix("difficulty/") for name in names if name.startswith("difficulty/")]
+
+
 def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str], Iterator[list[str]]]:
     """Column heads and rows, as text; `errors`: with the standard error in every column, not in the main one only."""
     families = [f"accuracy/{family}" for family in families_of(rows)]

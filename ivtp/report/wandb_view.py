@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ivtp.command import command
-from ivtp.data.scenes import FAMILIES
+from ivtp.data.scenes2 import FAMILIES
 from ivtp.registry import UserError
 from ivtp.report.wandb_run import logged_in
 

@@ -114,7 +114,9 @@ def pooled(out) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.pooler_output
 
 
-@pytest.mark.parametrize("backbone", ["clip_sdpa", "siglip_sdpa", "timm_map", "timm_eva02", "openclip_avg"])
+@pytest.mark.parametrize(
+    "backbone", ["clip_sdpa", "siglip_sdpa", "dinov2_sdpa", "timm_map", "timm_eva02", "openclip_avg"]
+)
 def test_threads_share_a_tower(backbone):
     """A tower's pooling is given masks, and for small images the tower other sizes, for the length of one call."""
     model, pixels = vision_model(backbone), [images(2, seed=seed) for seed in range(4)]

@@ -322,3 +322,31 @@ def test_hidden_reference_itself_hides():
     with pytest.raises(AssertionError, match="relative error"):
         close(actual, full[:, -1], 1e-3)
     assert hidden_from(cuts, 7, PATCHES, 1)[0].sum() == 0
+
+
+@pytest.mark.parametrize("name", ["topk", "rollout", "fastv", "ivtp"])
+def test_a_dinov2_in_place_of_clip(name):
+    """Its hidden states come before the last norm, as CLIP's do; no text encoder belongs to it."""
+    from conftest import make_dinov2, shake
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    like = llava().config
+    config = LlavaConfig(
+        vision_config=make_dinov2().config,
+        text_config=like.text_config,
+        image_token_index=like.image_token_id,
+        image_seq_length=PATCHES,
+    )
+    model, batch = shake(LlavaForConditionalGeneration(config), 12), inputs()
+    valid = batch["attention_mask"].bool()
+    more = {"reference": "last"} if name == "ivtp" else {}
+    with ivtp.prune(model, name, keep=PATCHES, **more):
+        kept = model(**batch).logits
+    assert torch.equal(kept[valid], model(**batch).logits[valid])
+    with ivtp.prune(model, name, keep=KEEP, **more) as run:
+        short = model(**batch, position_ids=positions(batch)).logits[:, -1]
+    full, seen = llava_logits(
+        model, batch["input_ids"], batch["pixel_values"], valid, run.trace.vision, run.trace.language
+    )
+    close(short, full[:, -1])
+    assert seen.sum(1).tolist() == (valid.sum(1) - PATCHES + KEEP).tolist()

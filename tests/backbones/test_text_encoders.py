@@ -153,7 +153,7 @@ def test_a_path_is_as_good_as_its_text_and_other_objects_are_refused_at_once(tmp
     model, _ = ivtp.load_model("tiny", text_encoder=clip)
     with ivtp.prune(model, "ivtp", keep=16):
         assert text_checkpoint(model).folder == clip
-    for given, lacking in ((torch.nn.Linear(2, 2), "encode, project, sizes"), (5, "encode"), (True, "encode")):
+    for given, lacking in ((torch.nn.Linear(2, 2), "encode, lengths, project"), (5, "encode"), (True, "encode")):
         with pytest.raises(ModelError, match=f"text_encoder={type(given).__name__} object lacks {lacking}") as error:
             ivtp.load_model("tiny", text_encoder=given)
         assert "\n" not in str(error.value)

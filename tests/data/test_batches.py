@@ -8,9 +8,9 @@ from PIL import Image
 
 from ivtp import load_model
 from ivtp.build import context_of
-from ivtp.data.batches import Collate, QuestionData
+from ivtp.data.batches import Collate, QuestionData, WithoutImages
 from ivtp.data.questions import DataError
-from ivtp.data.scenes import Scenes
+from ivtp.data.scenes2 import Scenes2
 
 PROMPT = "<image> {question}"
 
@@ -21,7 +21,7 @@ def processor():
 
 
 def sample(name: str, question: str) -> dict:
-    return {"id": name, "image": Image.new("RGB", (96, 96)), "question": question, "answer": "yes", "family": "exist"}
+    return {"id": name, "image": Image.new("RGB", (144, 144)), "question": question, "answer": "yes", "family": "exist"}
 
 
 def test_prompts_of_unequal_length_are_padded_on_the_left(processor):
@@ -31,8 +31,8 @@ def test_prompts_of_unequal_length_are_padded_on_the_left(processor):
     assert mask[1].tolist() == sorted(mask[1].tolist())
     assert not mask[1, 0]
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    assert (ids == image).sum(1).tolist() == [144, 144]
-    assert batch.inputs["pixel_values"].shape == (2, 3, 96, 96)
+    assert (ids == image).sum(1).tolist() == [324, 324]
+    assert batch.inputs["pixel_values"].shape == (2, 3, 144, 144)
     alone = Collate(processor, PROMPT)([sample("2", "read the number")]).inputs["input_ids"]
     assert torch.equal(ids[1][mask[1].bool()], alone[0])
 
@@ -58,30 +58,65 @@ def test_braces_in_a_question_are_text(processor):
 
 
 def test_what_is_done_is_left_out_and_the_rest_keeps_its_order(processor):
-    data = QuestionData(Scenes("test", 2), Collate(processor, PROMPT), batch_size=3)
+    data = QuestionData(Scenes2("test", 2), Collate(processor, PROMPT), batch_size=3)
     everything = [s["id"] for batch in data.test_dataloader() for s in batch.samples]
     assert everything == [s["id"] for s in data.samples()]
-    assert len(everything) == 10
+    assert len(everything) == 16
     data.done = {everything[0], everything[4]}
     left = [s["id"] for batch in data.test_dataloader() for s in batch.samples]
     assert left == [name for name in everything if name not in data.done]
 
 
+def test_without_images_the_question_alone_is_asked(processor):
+    class Few(list):
+        def __init__(self, samples):
+            super().__init__(samples)
+            self.generation = {"max_new_tokens": 3}
+
+        def judge(self, given, text):
+            return {"correct": text == "never"}
+
+    patches = torch.ones(324, dtype=torch.bool)
+    interleaved = sample("b", "<image> what is <image> ?") | {"images": [Image.new("RGB", (144, 144))] * 2}
+    data = Few([sample("a", "read the number") | {"patches": patches}, interleaved | {"patches": patches}])
+    blind = QuestionData(data, Collate(processor, PROMPT), batch_size=2).without_images()
+    (batch,) = blind.test_dataloader()
+    assert "pixel_values" not in batch.inputs and not batch.failed
+    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    assert not (batch.inputs["input_ids"] == image).any()
+    assert [s["id"] for s in batch.samples] == ["a", "b"] and not any(s["patches"].any() for s in batch.samples)
+    alone = processor.tokenizer(["read the number"])["input_ids"][0]
+    assert batch.inputs["input_ids"][0][batch.inputs["attention_mask"][0].bool()].tolist() == alone
+    assert blind.judge(data[0], "never") == {"correct": True} and blind.generation == {"max_new_tokens": 3}
+
+
+def test_without_images_messages_keep_their_words():
+    content = [{"type": "image"}, {"type": "text", "text": "what is this ?"}]
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
+        {"role": "user", "content": content},
+    ]
+    given = {"id": "a", "question": "what is this ?", "images": [1], "patches": torch.ones(4), "messages": messages}
+    (bare,) = list(WithoutImages([given], "<image>"))
+    assert [m["content"][-1]["text"] for m in bare["messages"]] == ["be brief", "what is this ?"]
+    assert [len(m["content"]) for m in bare["messages"]] == [1, 1] and len(content) == 2
+
+
 def test_a_limit_takes_the_first_samples_and_may_be_larger_than_the_data(processor):
     collate = Collate(processor, PROMPT)
-    assert len(list(QuestionData(Scenes("test", 2), collate, 3, limit=4).samples())) == 4
-    assert len(list(QuestionData(Scenes("test", 2), collate, 3, limit=400).samples())) == 10
+    assert len(list(QuestionData(Scenes2("test", 2), collate, 3, limit=4).samples())) == 4
+    assert len(list(QuestionData(Scenes2("test", 2), collate, 3, limit=400).samples())) == 16
     with pytest.raises(DataError, match=r"data\.limit=0 must be at least 1"):
-        QuestionData(Scenes("test", 2), collate, 3, limit=0)
+        QuestionData(Scenes2("test", 2), collate, 3, limit=0)
     with pytest.raises(DataError, match=r"trainer\.batch_size=0 must be at least 1"):
-        QuestionData(Scenes("test", 2), collate, 0)
+        QuestionData(Scenes2("test", 2), collate, 0)
 
 
 def test_sorted_batches_are_alike_and_leave_nothing_out(processor):
     """Long prompts beside short ones are padded; where images have several sizes, batches of one size need no groups."""
     ask = ["is there a red circle ?", "read the number", "is there a big red circle or a small blue square ?"]
     samples = [
-        sample(str(i), ask[i % 3]) | {"image": Image.new("RGB", (96 + 24 * (i % 2), 96)), "patches": torch.zeros(144)}
+        sample(str(i), ask[i % 3]) | {"image": Image.new("RGB", (144 + 24 * (i % 2), 144)), "patches": torch.zeros(324)}
         for i in range(11)
     ]
     for by_size in (False, True):
@@ -97,7 +132,7 @@ def test_sorted_batches_are_alike_and_leave_nothing_out(processor):
 
 
 def several(name: str, images: int, question: str = "read the number") -> dict:
-    return {**sample(name, question), "images": [Image.new("RGB", (96, 96))] * images}
+    return {**sample(name, question), "images": [Image.new("RGB", (144, 144))] * images}
 
 
 def test_a_template_shows_as_many_images_as_the_sample_has(processor):
@@ -120,7 +155,7 @@ def test_images_stand_where_the_question_has_them_if_it_has_a_place_for_each(pro
 def test_a_batch_of_none_one_and_two_images(processor):
     batch = Collate(processor, PROMPT)([several("a", 0), several("b", 2), several("c", 1)])
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    assert (batch.inputs["input_ids"] == image).sum(1).tolist() == [0, 288, 144]
+    assert (batch.inputs["input_ids"] == image).sum(1).tolist() == [0, 648, 324]
     assert batch.inputs["pixel_values"].shape[0] == 3
     assert "pixel_values" not in Collate(processor, PROMPT)([several("a", 0)]).inputs
 
@@ -201,7 +236,7 @@ def test_the_context_of_a_vision_language_model_is_that_of_its_language_model():
 
 
 def test_accepted_answers_are_part_of_what_a_result_depends_on(processor):
-    known = sample("1", "read the number") | {"patches": torch.zeros(144)}
+    known = sample("1", "read the number") | {"patches": torch.zeros(324)}
     data = [known, known | {"answers": ["yes", "no"]}, known | {"answers": ["yes"]}, known | {"answers": []}]
     hashes = [QuestionData([one], Collate(processor, PROMPT), 1).survey.hash for one in data]
     assert len(set(hashes)) == 4

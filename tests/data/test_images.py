@@ -1,4 +1,4 @@
-"""Labelled images: folders, data sets in the hub's format, scikit-learn's digits."""
+"""Labelled images: folders, data sets in the hub's format, emoji."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ivtp.data.images import ImageCollate, digits, hub_images, image_folder
+from ivtp.data.images import ImageCollate, emoji, hub_images, image_folder
 from ivtp.data.questions import DataError
-from ivtp.data.scenes import NUMBERS, digit_pool
 
 
 def picture(shade: int, size=(23, 17)):
@@ -122,40 +121,13 @@ def test_a_data_set_that_is_not_there_says_what_to_do_offline(monkeypatch):
         hub_images("nobody/nothing", 4)
 
 
-def test_digits_are_the_same_in_every_run_and_lie_where_their_patches_say():
-    data = digits(144)
-    assert data.classes == list(NUMBERS) and len(data) == len(digit_pool("test"))
-    sample, again = data[7], digits(144)[7]
-    assert sample["image"].tobytes() == again["image"].tobytes() and torch.equal(sample["patches"], again["patches"])
-    rows, columns = sample["patches"].view(12, 12).nonzero().T
-    assert (int(rows.max() - rows.min()), int(columns.max() - columns.min())) == (4, 4)
-    other = np.asarray(digits(144)[8]["image"]).astype(int)
-    assert np.abs(np.asarray(sample["image"]).astype(int) - other).mean() > 5
-
-
-def test_no_digit_is_in_two_splits():
-    ids = [set(digits(144, split).ids) for split in ("train", "validation", "test")]
-    assert sum(map(len, ids)) == len(set.union(*ids)) == 1797
-
-
-def test_patches_of_a_model_with_another_grid_are_not_known():
-    assert not digits(196)[0]["patches"].any()
-    assert not digits(144, whole=False)[0]["patches"].any()
-
-
-@pytest.mark.parametrize(("given", "says"), [({"split": "tset"}, "data.split='tset'"), ({"size": 13}, "data.size=13")])
-def test_digits_that_there_are_none_of(given, says):
-    with pytest.raises(DataError, match=says):
-        digits(144, **given)
-
-
 def test_a_batch_is_what_the_model_s_own_transform_makes_of_each_image():
     class Processor:
         @staticmethod
         def image_processor(images, return_tensors):
             return {"pixel_values": torch.stack([torch.tensor(np.asarray(image)).float() for image in images])}
 
-    data = digits(144)
+    data = emoji(324, ["noto"], 6)
     batch = ImageCollate(Processor())([data[3], data[1]])
     assert batch.inputs["pixel_values"].shape == (2, 96, 96, 3)
     assert [sample["id"] for sample in batch.samples] == [data.ids[3], data.ids[1]]
@@ -179,3 +151,39 @@ def test_an_image_that_is_written_again_is_another_one(tmp_path):
     before = data.sketch(0)[1]
     os.utime(tmp_path / "one" / "0.png", ns=(0, 1))
     assert data.sketch(0)[1] != before
+
+
+def test_emoji_are_one_thing_in_several_styles():
+    """Classes are the same whatever the styles, so that a gallery in one style is for images in another; the drawing
+    stands in the middle on white, and its patches are known."""
+    ones, others = emoji(256, ["noto"]), emoji(256, ["fluent-3d", "twemoji"])
+    assert ones.classes == others.classes and len(ones.classes) > 400
+    assert len(set(ones.ids)) == len(ones) and {s["label"] for s in map(ones._text, range(len(ones)))} == set(
+        range(443)
+    )
+    assert len(emoji(256, ["noto-v1", "fluent-flat", "fluent-3d", "emojione", "twemoji"])) >= 2000
+    for place in (0, 100):
+        sample = others[place]
+        pixels = np.asarray(sample["image"].resize((256, 256)))
+        inked = (pixels < 240).any(2).reshape(16, 16, 16, 16).mean((1, 3)) > 0.5
+        assert (inked == sample["patches"].view(16, 16).numpy()).mean() > 0.9
+        rows, columns = np.nonzero((np.asarray(sample["image"]) < 250).any(2))
+        side = sample["image"].width
+        longest = max(np.ptp(rows), np.ptp(columns)) + 1
+        assert sample["image"].height == side and longest / side == pytest.approx(8 / 12, abs=0.05)
+    assert not emoji(255, ["noto"])[0]["patches"].any() and not emoji(256, ["noto"], whole=False)[0]["patches"].any()
+    assert emoji(256, ["noto"], size=12)[0]["patches"].sum() > ones[0]["patches"].sum()
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"styles": ["apple"]}, "data.styles=.*apple.*noto, noto-v1"),
+        ({"styles": "noto"}, "must be a list of styles"),
+        ({"styles": []}, "must be a list of styles"),
+        ({"styles": ["noto"], "size": 13}, "data.size=13 must be between 1 and 12"),
+    ],
+)
+def test_emoji_that_there_are_not(asked, says):
+    with pytest.raises(DataError, match=says):
+        emoji(256, **asked)

@@ -57,7 +57,7 @@ def config_of(name: str, **changes):
 def task_of(name: str, **changes) -> LmmsTask:
     asked = OmegaConf.to_container(config_of(name, **changes).data)
     task, _ = asked.pop("task"), asked.pop("name")
-    return LmmsTask(task, 144, **asked)
+    return LmmsTask(task, 324, **asked)
 
 
 def names(found: dict) -> dict:
@@ -203,9 +203,9 @@ def test_no_login_is_needed_for_what_a_task_loads_besides_its_documents(token, m
         monkeypatch.setenv("HF_TOKEN", token)
     copy = write("gqa", tmp_path)  # of its own: what is prepared already would not be loaded
     for name in ("gqa", "gqa-ru"):
-        task = LmmsTask(name, 144, path=str(copy))
+        task = LmmsTask(name, 324, path=str(copy))
         shown = [task[place]["images"] for place in range(ROWS)]
-        assert [image.size for (image,) in shown] == [(96, 96)] * ROWS
+        assert [image.size for (image,) in shown] == [(144, 144)] * ROWS
     assert tokens == ([True] * 4 if token else [None] * 4)
     assert datasets.load.load_dataset_builder is spy
 

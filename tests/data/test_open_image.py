@@ -304,13 +304,13 @@ def test_the_page_shows_the_image_that_the_model_saw(tmp_path):
     from ivtp.report import viewer
 
     processor = load_model("tiny")[1]
-    upright = Image.new("RGB", (96, 96), (255, 0, 0))
-    upright.paste((0, 0, 255), (0, 48, 96, 96))  # blue below
+    upright = Image.new("RGB", (144, 144), (255, 0, 0))
+    upright.paste((0, 0, 255), (0, 72, 144, 144))  # blue below
     turned(tmp_path / "a.png", upright, 6)
     (tmp_path / "questions.jsonl").write_text('{"id": "1", "image": "a.png", "question": "what ?"}')
-    viewer.save(tmp_path / "out", Questions(tmp_path, 144), processor, 1)
+    viewer.save(tmp_path / "out", Questions(tmp_path, 324), processor, 1)
     ((row,), _) = records.read(tmp_path / "out" / "viewer" / "samples.jsonl")
     with Image.open(tmp_path / "out" / "viewer" / row["picture"]) as page:
         page = torch.tensor(np.asarray(page.convert("RGB"))).int()
-    assert (page[:40] - torch.tensor([255, 0, 0])).abs().max() < 20
-    assert (page[56:] - torch.tensor([0, 0, 255])).abs().max() < 20
+    assert (page[:64] - torch.tensor([255, 0, 0])).abs().max() < 20
+    assert (page[80:] - torch.tensor([0, 0, 255])).abs().max() < 20

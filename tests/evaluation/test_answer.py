@@ -8,7 +8,7 @@ from lightning import Trainer
 
 from ivtp import load_model, load_pruner, prune, shape_of
 from ivtp.data.batches import Collate, QuestionData
-from ivtp.data.scenes import Scenes
+from ivtp.data.scenes2 import Scenes2
 from ivtp.evaluation.answer import Answer, normalise, seen
 from ivtp.pruners.planner import Planner
 from ivtp.pruning.traverse import Kept
@@ -23,7 +23,7 @@ def tiny():
 
 @pytest.fixture
 def data(tiny):
-    return QuestionData(Scenes("test", 2), Collate(tiny[1], PROMPT), batch_size=4)
+    return QuestionData(Scenes2("test", 1), Collate(tiny[1], PROMPT), batch_size=4)
 
 
 def trainer(**more):
@@ -74,7 +74,7 @@ def test_an_outcome_is_what_generate_says_under_the_same_plan(tiny, data):
 def test_batches_are_handed_over_as_they_are_done(tiny, data):
     sizes = []
     trainer().test(Answer(*tiny, plan(tiny[0]), lambda new: sizes.append(len(new)), 1), datamodule=data, verbose=False)
-    assert sizes == [4, 4, 2]
+    assert sizes == [4, 4]
 
 
 def test_the_logged_accuracy_is_that_of_the_outcomes(tiny, data):
@@ -104,8 +104,8 @@ def test_coverage_counts_valid_kept_tokens_on_what_was_asked():
 def test_what_a_picture_lived_through_does_not_depend_on_its_neighbours_images(tiny):
     """In a batch with questions about two pictures and about none, the page must still show each its own tokens."""
     model, processor = tiny
-    scenes = Scenes("test", 3)
-    one, two, other = (scenes[i] for i in (0, 5, 10))
+    scenes = Scenes2("test", 3)
+    one, two, other = (scenes[i] for i in (2, 10, 18))
     none = {**other, "id": "none", "images": []}
     nowhere = torch.zeros_like(two["patches"])
     both = {**two, "id": "both", "images": [two["image"], other["image"]], "patches": nowhere}
@@ -119,6 +119,6 @@ def test_what_a_picture_lived_through_does_not_depend_on_its_neighbours_images(t
         module.test_step(collate(samples), 0)
     (_, together, _), (alone,) = found[3], found[1]
     assert together == alone
-    assert set(alone["lived"]) == set("012345"), "four cuts in the tower and one in the language model"
+    assert set(alone["lived"]) == set("0123456"), "four cuts in the tower and two in the language model"
     assert len(alone["kept"]) == 16
     assert [len(outcome["kept"] or []) for outcome in found[3]] == [0, 16, 32]

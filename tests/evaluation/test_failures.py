@@ -17,7 +17,7 @@ from ivtp.data.batches import Collate, QuestionData, Together
 from ivtp.data.failures import Failed, answered, failure, failures, own, read
 from ivtp.data.judges import JudgeError
 from ivtp.data.questions import DataError
-from ivtp.data.scenes import Scenes
+from ivtp.data.scenes2 import Scenes2
 from ivtp.encoders import Encoder
 from ivtp.evaluation.answer import JUDGE_FAILURES, Answer, FiniteLogits
 from ivtp.evaluation.benchmarks import measured
@@ -26,7 +26,8 @@ from ivtp.evaluation.statistics import compare, over_seeds, spread
 from ivtp.pruners.planner import Planner
 from ivtp.registry import UserError
 
-DIGITS = ("model=tiny_clip", "data=digits", "pruner=layerwise", "viewer=1")
+EMOJI = ("model=tiny_clip", "data=emoji", "data.size=4", "data.background=photo", "pruner=layerwise", "viewer=1")
+STYLES = ("noto-v1", "fluent-flat", "fluent-3d", "emojione", "twemoji")  # the default of data=emoji
 PROMPT = "<image> {question}"
 
 
@@ -39,7 +40,7 @@ def tiny():
 def healthy(tmp_path_factory):
     """The folder of a run in which nothing fails."""
     output = tmp_path_factory.mktemp("healthy")
-    assert run(*DIGITS, output=output) == 0
+    assert run(*EMOJI, output=output) == 0
     return output / "run"
 
 
@@ -115,7 +116,7 @@ def test_an_error_after_which_a_gpu_is_lost_ends_the_run_in_one_line():
 # Reading and preparing ----------------------------------------------------------------------------------------------
 
 
-class Spoilt(Scenes):
+class Spoilt(Scenes2):
     """Scenes of which some cannot be read or asked; texts are known without opening an image."""
 
     def __init__(self, scenes: int, spoilt: dict[int, Exception], questions: dict[int, str] | None = None) -> None:
@@ -138,7 +139,7 @@ def test_the_others_of_a_batch_do_not_notice(tiny, size):
     bad = {1: DataError("no image"), 6: OSError(5, "Input/output error")}
     asked = {2: " ", 9: "half \ud83d of a pair"}
     found = {o["id"]: o for o in evaluate(*tiny, Spoilt(2, bad, asked), size=size)}
-    whole = {o["id"]: o for o in evaluate(*tiny, Scenes("test", 2), size=4)}
+    whole = {o["id"]: o for o in evaluate(*tiny, Scenes2("test", 2), size=4)}
     names = list(whole)
     assert set(found) == set(whole)
     lost = {name for name, outcome in found.items() if "failed" in outcome}
@@ -177,12 +178,12 @@ def test_the_hash_of_healthy_data_stays_and_that_of_bad_data_does_not_depend_on_
     def survey(data):
         return QuestionData(data, collate, 4).survey
 
-    assert survey(Scenes("test", 4)).hash == "1a9afd7fa239eb60"
+    assert survey(Scenes2("test", 4)).hash == "adc6f623d425dc00"
     bad = [survey(Spoilt(4, {3: error})) for error in (DataError("no file"), OSError(13, "Permission denied"))]
-    assert bad[0].hash == bad[1].hash != "1a9afd7fa239eb60"
+    assert bad[0].hash == bad[1].hash != "adc6f623d425dc00"
     assert bad[0].hash != survey(Spoilt(4, {4: DataError("no file")})).hash
-    assert [*bad[0].failed] == [3] and bad[0].ids == survey(Scenes("test", 4)).ids
-    assert survey(Spoilt(4, {})).hash == "1a9afd7fa239eb60"
+    assert [*bad[0].failed] == [3] and bad[0].ids == survey(Scenes2("test", 4)).ids
+    assert survey(Spoilt(4, {})).hash == "adc6f623d425dc00"
 
 
 def test_sorted_data_leaves_out_what_is_known_to_fail(tiny):
@@ -217,15 +218,15 @@ def test_an_image_that_cannot_meet_the_budget_fails_alone():
 
 
 def test_an_answer_that_cannot_be_scored_is_kept(tiny):
-    names = [sample["id"] for sample in map(Scenes("test", 1).__getitem__, range(5))]
+    names = [sample["id"] for sample in map(Scenes2("test", 1).__getitem__, range(5))]
 
     def judge(sample, text):
         if sample["id"] == names[2]:
             raise DataError("the task cannot read it")
         return {"answer": sample["answer"], "prediction": text, "correct": True}
 
-    found = evaluate(*tiny, Scenes("test", 1), judge=judge, size=5)
-    assert [o["correct"] for o in found] == [True, True, None, True, True]
+    found = evaluate(*tiny, Scenes2("test", 1), judge=judge, size=5)
+    assert [o["correct"] for o in found] == [None if i == 2 else True for i in range(8)]
     assert found[2]["failed"] == "the task cannot read it" and found[2]["prediction"]
 
 
@@ -238,23 +239,23 @@ def test_a_judge_that_is_down_ends_the_run_and_one_that_fails_now_and_then_does_
             raise JudgeError("the judge failed: 429")
         return {"answer": sample["answer"], "prediction": text, "correct": True}
 
-    found = evaluate(*tiny, Scenes("test", 2), judge=lambda s, t: judge(s, t, lambda n: n % 4 == 0), tokens=2)
-    assert len(failures(found)) == 8 and len(answered(found)) == 2
+    found = evaluate(*tiny, Scenes2("test", 2), judge=lambda s, t: judge(s, t, lambda n: n % 4 == 0), tokens=2)
+    assert len(failures(found)) == 12 and len(answered(found)) == 4
     calls.clear()
     with pytest.raises(UserError, match="429; the same command goes on"):
-        evaluate(*tiny, Scenes("test", 4), judge=lambda s, t: judge(s, t, lambda n: False), tokens=2)
+        evaluate(*tiny, Scenes2("test", 4), judge=lambda s, t: judge(s, t, lambda n: False), tokens=2)
     assert len(calls) == JUDGE_FAILURES
 
 
 def test_a_bug_in_judging_is_not_hidden(tiny):
     with pytest.raises(AttributeError):
-        evaluate(*tiny, Scenes("test", 1), judge=lambda sample, text: sample.nothing)
+        evaluate(*tiny, Scenes2("test", 1), judge=lambda sample, text: sample.nothing)
 
 
 def test_an_answer_out_of_numbers_that_are_not_finite_is_not_scored_as_wrong(tiny):
     """A weight that overflows for one word: only the prompt with this word fails, in any batch."""
     model, processor = copy.deepcopy(tiny[0]), tiny[1]
-    samples = [Scenes("test", 1)[i] for i in range(5)]
+    samples = [Scenes2("test", 1)[i] for i in range(5)]
     asked = ["is there a red circle ?", "is there a green circle ?"]
     samples = [s | {"question": asked[i == 3]} for i, s in enumerate(samples)]
     whole = evaluate(model, processor, samples)
@@ -305,11 +306,11 @@ def breaking(monkeypatch, pixels: Callable[[torch.Tensor], torch.Tensor], error:
 
 
 def images_of(*places: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Which images of a batch are those of the digits at these places."""
-    from ivtp.data.images import digits
+    """Which images of a batch are those of the emoji at these places."""
+    from ivtp.data.images import emoji
     from ivtp.encoders import load_encoder
 
-    data, prepare = digits(144), load_encoder("transformers", "tiny_clip").image_processor
+    data, prepare = emoji(324, STYLES, 4, "photo"), load_encoder("transformers", "tiny_clip").image_processor
     known = prepare(images=[data[place]["image"] for place in places], return_tensors="pt")["pixel_values"]
     return lambda pixels: (pixels[:, None] - known).abs().amax((2, 3, 4)).lt(1e-6).any(1)
 
@@ -320,9 +321,9 @@ def record_of(output) -> dict:
 
 def test_a_sample_that_does_not_fit_into_memory_alone_leaves_the_batch_as_it_is(healthy, tmp_path, monkeypatch, capsys):
     given = breaking(monkeypatch, images_of(5), lambda: torch.OutOfMemoryError("CUDA out of memory"))
-    assert run(*DIGITS, "trainer.batch_size=8", output=tmp_path) == 0
+    assert run(*EMOJI, "trainer.batch_size=8", output=tmp_path) == 0
     said = capsys.readouterr().out
-    assert "does not fit into memory alone (digit-" in said and "going on with trainer.batch_size=8" in said
+    assert "does not fit into memory alone (" in said and "going on with trainer.batch_size=8" in said
     assert given[:4] == [8, 4, 4, 2] and 8 in given[4:], "the others go on in batches of eight"
     records = lines(tmp_path / "run" / "results.jsonl")
     for record, before in zip(records, lines(healthy / "results.jsonl"), strict=True):
@@ -330,7 +331,7 @@ def test_a_sample_that_does_not_fit_into_memory_alone_leaves_the_batch_as_it_is(
         assert record["failed"] == {"n": 1, "causes": {"out of memory": 1}}
         found, whole = outcomes(tmp_path / "run", record), outcomes(healthy, before)
         (lost,) = failures(found)
-        assert "image of 96 × 96 pixels: OutOfMemoryError: CUDA out of memory" in lost["failed"]
+        assert "image of 186 × 186 pixels: OutOfMemoryError: CUDA out of memory" in lost["failed"]
         assert answered(found) == [outcome for outcome in whole if outcome["id"] != lost["id"]]
         assert record["metrics"]["accuracy"]["n"] == 19
 
@@ -338,7 +339,7 @@ def test_a_sample_that_does_not_fit_into_memory_alone_leaves_the_batch_as_it_is(
 def test_failures_are_shown_and_tried_again_and_a_mended_run_is_the_healthy_one(healthy, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as broken:
         breaking(broken, images_of(0, 7), None)
-        assert run(*DIGITS, output=tmp_path) == 0
+        assert run(*EMOJI, output=tmp_path) == 0
     said = capsys.readouterr()
     assert "2 of 20 samples failed (2 not finite) and are left out of every number" in said.out and not said.err
     folder = tmp_path / "run"
@@ -353,12 +354,12 @@ def test_failures_are_shown_and_tried_again_and_a_mended_run_is_the_healthy_one(
     # Nothing has changed: the samples fail again, and nothing is written.
     with monkeypatch.context() as broken:
         given = breaking(broken, images_of(0, 7), None)
-        assert run(*DIGITS, output=tmp_path) == 0
+        assert run(*EMOJI, output=tmp_path) == 0
     assert given == [2, 2] and (folder / "results.jsonl").read_bytes() == before
 
     # Mended, only they are evaluated, and all is as if they had never failed.
     given = breaking(monkeypatch, lambda pixels: torch.zeros(len(pixels), dtype=torch.bool), None)
-    assert run(*DIGITS, output=tmp_path) == 0
+    assert run(*EMOJI, output=tmp_path) == 0
     assert given == [2, 2]
     for record, whole in zip(lines(folder / "results.jsonl")[2:], lines(healthy / "results.jsonl"), strict=True):
         assert record["metrics"] == whole["metrics"] and "failed" not in record
@@ -370,7 +371,7 @@ def test_failures_are_shown_and_tried_again_and_a_mended_run_is_the_healthy_one(
 
 def test_a_row_in_which_nothing_works_ends_the_run_early(tmp_path, monkeypatch, capsys):
     given = breaking(monkeypatch, lambda pixels: torch.ones(len(pixels), dtype=torch.bool), None)
-    assert run(*DIGITS, "model.dtype=float32", "trainer.batch_size=5", output=tmp_path) == 2
+    assert run(*EMOJI, "model.dtype=float32", "trainer.batch_size=5", output=tmp_path) == 2
     line = one_line(capsys.readouterr().err)
     assert "row 'unpruned': none of the first 10 samples can be evaluated; the first not finite: logits are NaN" in line
     assert given == [5, 5, 1], "two batches and the last sample"
@@ -379,14 +380,14 @@ def test_a_row_in_which_nothing_works_ends_the_run_early(tmp_path, monkeypatch, 
 
 def test_bad_samples_at_the_start_do_not_end_it(tmp_path, monkeypatch):
     breaking(monkeypatch, images_of(*range(9)), lambda: ValueError("no"))
-    assert run(*DIGITS, output=tmp_path) == 0
+    assert run(*EMOJI, output=tmp_path) == 0
     assert record_of(tmp_path)["failed"]["n"] == 9 and record_of(tmp_path)["metrics"]["accuracy"]["n"] == 11
 
 
 def test_a_bug_ends_the_run_as_it_always_did(tmp_path, monkeypatch):
     breaking(monkeypatch, images_of(5), lambda: AttributeError("a typo"))
     with pytest.raises(AttributeError, match="a typo"):
-        run(*DIGITS, output=tmp_path)
+        run(*EMOJI, output=tmp_path)
 
 
 @pytest.mark.parametrize(("signalled", "status"), [(KeyboardInterrupt, 130), (SIGTERMException, 143)])
@@ -396,19 +397,19 @@ def test_a_signal_ends_it_in_one_line_and_the_next_start_goes_on(
     """Ctrl-C, and SIGTERM as Lightning's loops pass it on: schedulers go by the status."""
     with monkeypatch.context() as stopped:
         breaking(stopped, images_of(15), signalled)
-        assert run(*DIGITS, "trainer.batch_size=6", output=tmp_path) == status
+        assert run(*EMOJI, "trainer.batch_size=6", output=tmp_path) == status
     assert capsys.readouterr().err == "ivtp: stopped; the same command goes on from here\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     given = breaking(monkeypatch, lambda pixels: torch.zeros(len(pixels), dtype=torch.bool), None)
-    assert run(*DIGITS, "trainer.batch_size=6", output=tmp_path) == 0
+    assert run(*EMOJI, "trainer.batch_size=6", output=tmp_path) == 0
     assert given[:2] == [6, 2], "twelve were done"
     assert record_of(tmp_path)["metrics"] == lines(healthy / "results.jsonl")[-1]["metrics"]
 
 
 def test_an_unreadable_image_of_a_class_folder_fails_alone(tmp_path, capsys):
-    from ivtp.data.images import digits
+    from ivtp.data.images import emoji
 
-    data = digits(144)
+    data = emoji(324, STYLES, 4, "photo")
     for place in range(12):
         sample = data[place]
         (tmp_path / "images" / sample["answer"]).mkdir(parents=True, exist_ok=True)
@@ -424,7 +425,7 @@ def test_an_unreadable_image_of_a_class_folder_fails_alone(tmp_path, capsys):
 
 def test_a_measured_row_counts_on_a_sample_that_works(tmp_path, monkeypatch):
     breaking(monkeypatch, images_of(0), lambda: ValueError("no"))
-    assert run(*DIGITS, "measure=true", "data.limit=3", output=tmp_path) == 0
+    assert run(*EMOJI, "measure=true", "data.limit=3", output=tmp_path) == 0
     assert record_of(tmp_path)["counted"]["closed"] == record_of(tmp_path)["counted"]["counted"]
 
 
@@ -471,6 +472,6 @@ def test_a_metric_of_pairs_leaves_the_image_of_a_failed_question_out():
 def test_a_viewer_image_that_cannot_be_shown_is_left_out(tiny, tmp_path):
     from ivtp.report import viewer
 
-    data = Spoilt(3, {0: DataError("no file"), 6: DataError("no file")})
+    data = Spoilt(3, {0: DataError("no file"), 9: DataError("no file")})
     names = viewer.save(tmp_path, data, tiny[1], 2)
-    assert len(names) == 8 and len(list((tmp_path / "viewer").glob("*.webp"))) == 2
+    assert len(names) == 14 and len(list((tmp_path / "viewer").glob("*.webp"))) == 2

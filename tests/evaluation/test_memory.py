@@ -11,7 +11,7 @@ from running import lines, outcomes, run
 from ivtp.evaluation.memory import halving, out_of_memory
 from ivtp.registry import UserError
 
-DIGITS = ("model=tiny_clip", "data=digits", "pruner=layerwise")
+EMOJI = ("model=tiny_clip", "data=emoji", "data.size=4", "data.background=photo", "pruner=layerwise")
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def limited(monkeypatch, most: int) -> list[int]:
 
 def test_a_row_goes_on_with_half_of_the_batch_and_its_results_are_the_same(tmp_path, monkeypatch, capsys):
     """The record says with which batch it ended; a later row starts with that one."""
-    assert run(*DIGITS, output=tmp_path / "whole") == 0
+    assert run(*EMOJI, output=tmp_path / "whole") == 0
     given = limited(monkeypatch, 4)
-    assert run(*DIGITS, "trainer.batch_size=13", output=tmp_path / "halved") == 0
+    assert run(*EMOJI, "trainer.batch_size=13", output=tmp_path / "halved") == 0
     out = capsys.readouterr().out
     assert len(re.findall("out of memory: going on with trainer.batch_size", out)) == 2
     assert given[:3] == [13, 7, 4] and given.count(13) == 1
@@ -85,5 +85,5 @@ def test_a_row_goes_on_with_half_of_the_batch_and_its_results_are_the_same(tmp_p
 
 def test_a_model_that_does_not_fit_at_all_ends_in_one_line(tmp_path, monkeypatch, capsys):
     limited(monkeypatch, 0)
-    assert run(*DIGITS, "trainer.batch_size=3", output=tmp_path) == 2
+    assert run(*EMOJI, "trainer.batch_size=3", output=tmp_path) == 2
     assert capsys.readouterr().err.count("\n") == 1

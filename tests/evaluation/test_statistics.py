@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivtp.evaluation.statistics import compare, mcnemar, mean_error, summary
+from ivtp.evaluation.statistics import commonest, compare, mcnemar, mean_error, summary
 
 
 def naive_cluster_error(values, clusters):
@@ -111,6 +111,29 @@ def test_the_summary_has_every_family_and_leaves_out_what_nobody_asked():
     assert found["acc_early"]["mean"] == pytest.approx(1 / 3)
     assert (found["hit"]["n"], found["hit"]["mean"], found["share"]["mean"]) == (2, 0.5, 0.25)
     assert found["images"] == 2
+
+
+def test_accuracy_is_given_per_level_of_difficulty_among_the_questions_that_state_one():
+    rows = [
+        outcome("1", "a", True, difficulty={"size": "small", "place": "new"}),
+        outcome("2", "a", False, difficulty={"size": "small"}),
+        outcome("3", "b", True, difficulty={"size": "large"}),
+        outcome("4", "b", False),
+    ]
+    found = {name: (m["mean"], m["n"]) for name, m in summary(rows).items() if name.startswith("difficulty/")}
+    assert found == {
+        "difficulty/place: new": (1, 1),
+        "difficulty/size: large": (1, 1),
+        "difficulty/size: small": (0.5, 2),
+    }
+
+
+def test_the_commonest_answer_of_each_family_is_the_prior():
+    answers = [("exist", "yes"), ("exist", "yes"), ("exist", "no"), ("count", "2")]
+    rows = [outcome(str(i), "a", True, family=f, answer=a) for i, (f, a) in enumerate(answers)]
+    found = commonest([*rows, outcome("9", "a", None, answer="no")])
+    assert found == {"accuracy": 3 / 4, "accuracy/exist": pytest.approx(2 / 3), "accuracy/count": 1.0}
+    assert commonest([outcome("9", "a", None)]) == {}
 
 
 def test_comparisons_pair_by_id_whatever_the_order_and_only_what_both_have():

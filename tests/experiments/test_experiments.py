@@ -25,7 +25,11 @@ ASKED = {
 }  # fmt: skip
 
 
-MODELS = {"vision_only": ("tiny_clip", "vit_large_336", "eva02", "siglip_base")}
+MODELS = {
+    "vision_only": ("tiny_clip", "vit_large_336", "eva02", "siglip_base"),
+    "vision_emoji": ("dinov2_small", "vit_large_336"),
+    "vision_fashion": ("dinov2_small", "vit_large_336"),
+}
 """Of experiments without a language model."""
 
 
@@ -204,7 +208,9 @@ def test_a_run_of_table6_says_what_was_asked_and_spent_and_judges_the_claims():
     table = (folder / "table.md").read_text()
     records = lines(folder / "results.jsonl")
     assert len(records) == 6 + 5 + 2  # the random control has five seeds …
-    assert table.count("random in the LLM") == 3  # … and one line in the table, the cost of 7B and of 13B
+    assert (
+        table.count("random in the LLM") == 4
+    )  # … and one line in the table, by difficulty, and in the costs of 7B and 13B
     assert "11.1 % of the tokens" in table and " sd" in table and "average tokens" in table
     stated_claims = load_config(["experiment=table6_instruction"]).claims
     for claim, stated in zip(json.loads((folder / "claims.json").read_text()), stated_claims, strict=True):
@@ -270,14 +276,14 @@ def test_table3_needs_no_model(tmp_path, monkeypatch):
 def test_figure5_shows_several_questions_about_one_image(monkeypatch, tmp_path):
     from transformers import AutoImageProcessor
 
-    from ivtp.data.scenes import Scenes
+    from ivtp.data.scenes2 import Scenes2
     from ivtp.models import EMBEDDED
     from ivtp.report.figures import kept_tokens
 
-    data, shown, images_of = Scenes("test", 3), [], AutoImageProcessor.from_pretrained(EMBEDDED["tiny"])
+    data, shown, images_of = Scenes2("test", 3), [], AutoImageProcessor.from_pretrained(EMBEDDED["tiny"])
     monkeypatch.setattr("ivtp.report.figures.overlay", lambda image, *_: (shown.append(image.tobytes()), image)[1])
     told = [{"id": data[i]["id"], "kept": [1], "correct": True, "prediction": "x"} for i in range(len(data))]
-    rows = [{"label": "ivtp", "section": "", "tokens": [144, 1]}]
+    rows = [{"label": "ivtp", "section": "", "tokens": [324, 1]}]
     for one_image, images in ((True, 1), (False, 3)):
         shown.clear()
         kept_tokens(rows, {"ivtp": told}, data, images_of, tmp_path / "x.png", one_image)

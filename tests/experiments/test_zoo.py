@@ -11,7 +11,7 @@ from ivtp.config import load_config, variants
 from ivtp.pruners import PRUNERS, list_pruners, load_pruner
 
 PROMPT, INSTRUCTION = 9, 9
-"""Near those of `scenes`, whose costs decide which rows the embedded model can have."""
+"""Near those of `scenes2`, whose costs decide which rows the embedded model can have."""
 
 
 @cache
@@ -26,7 +26,7 @@ def section(name: str) -> list:
 
 def test_every_pruner_is_there_at_three_budgets():
     ours = {name for name in list_pruners() if PRUNERS[name].__module__.startswith("ivtp.")} - {"none", "ivtp_v"}
-    for tokens in (16, 32, 48):
+    for tokens in (36, 72, 108):
         rows = [row for row in section("equal tokens") if row.cost.tokens[-1] == tokens]
         assert {row.pruner["name"] for row in rows} == ours
         assert len([row for row in rows if row.pruner["name"] == "random"]) == 3

@@ -50,9 +50,9 @@ def as_json(**content) -> bytes:
 
 @cache
 def corpus() -> tuple[str, ...]:
-    from ivtp.data.scenes import make_questions, make_scene
+    from ivtp.data.scenes2 import make_scene
 
-    questions = [q.text for i in range(8) for q in make_questions(make_scene("test", i), i)]
+    questions = [q.text for i in range(8) for q in make_scene("test", i)[1]]
     around = "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     around += "and polite answers to the human's questions. USER: Answer the question using a single word or phrase. ASSISTANT:"
     return (*questions, *[around, "Yes No yes no user assistant system You are a helpful assistant."] * 4)

@@ -35,12 +35,12 @@ def generate(model, batch, **settings):
     return out.sequences, torch.stack(out.logits, 1)
 
 
-def remaining(ids, mask, kept, sample: int):
+def remaining(ids, mask, kept, sample: int, image: int = IMAGE):
     """Where the real tokens of one prompt stand in the shortened sequence (a ragged method pads its slots)."""
-    before = int((ids == IMAGE).nonzero()[0])
+    places = (ids == image).nonzero()[:, 0]
     _, order = kept.position[sample].sort()
     slots = kept.valid[sample][order]
-    real = torch.cat([mask[:before].bool(), slots, mask[before + PATCHES :].bool()])
+    real = torch.cat([mask[: places[0]].bool(), slots, mask[places[-1] + 1 :].bool()])
     return real.nonzero()[:, 0]
 
 

@@ -99,16 +99,16 @@ def alive(page, side: str = "a") -> list[int]:
 
 
 def pixels(page, side: str = "a") -> np.ndarray:
-    """The picture as it is painted, 96 by 96."""
+    """The picture as it is painted, 144 by 144."""
     with Image.open(io.BytesIO(page.locator(f"#picture-{side}").screenshot())) as picture:
-        return np.asarray(picture.convert("RGB").resize((96, 96), Image.Resampling.BOX), float)
+        return np.asarray(picture.convert("RGB").resize((144, 144), Image.Resampling.BOX), float)
 
 
 def asked_patches(outcome: dict) -> np.ndarray:
-    from ivtp.data.scenes import Scenes
+    from ivtp.data.scenes2 import Scenes2
 
-    data = Scenes("test", 4)
-    return next(s["patches"] for s in (data[i] for i in range(20)) if s["id"] == outcome["id"]).reshape(12, 12).numpy()
+    data = Scenes2("test", 3)
+    return next(s["patches"] for s in (data[i] for i in range(24)) if s["id"] == outcome["id"]).reshape(18, 18).numpy()
 
 
 def test_it_is_one_small_file_that_forbids_itself_every_request(folder, visit):
@@ -127,7 +127,7 @@ def test_the_table_is_that_of_the_run_and_can_be_sorted(folder, visit):
     assert {"asked", "tokens", "GFLOPs", "accuracy"} <= set(heads)
     tokens = heads.index("tokens")
     line = page.locator("#table tr[data-row]", has_text="ivtp").first
-    assert line.locator("th, td").all_inner_texts()[tokens] == "16"
+    assert line.locator("th, td").all_inner_texts()[tokens] == "36"
     assert "11.1 %" in line.inner_text()
     page.get_by_role("button", name="GFLOPs").press("Enter")
     floor = page.locator("#table tbody").nth(1).locator("tr[data-row] th").all_inner_texts()
@@ -155,35 +155,35 @@ def test_the_slider_shows_what_every_cut_kept(folder, visit):
         slider.press("ArrowLeft")
         kept = [patch for patch, lived in enumerate(outcome["lived"]) if ord(lived) - ord("0") >= number]
         assert alive(page) == kept
-        assert len(kept) == (schedule[number - 1][1] if number else 144)
-        assert f"{len(kept)} of 144 tokens" in page.locator("#state-a").inner_text()
+        assert len(kept) == (schedule[number - 1][1] if number else 324)
+        assert f"{len(kept)} of 324 tokens" in page.locator("#state-a").inner_text()
         pictures.append(clip(page))
     assert len(set(pictures)) == len(schedule) + 1
     assert slider.input_value() == "0"
     painted.append(pixels(page))
     # Inner pixels of every patch: what lives is painted as before all cuts, what does not is dark.
-    last, first = (image.reshape(12, 8, 12, 8, 3)[:, 2:6, :, 2:6].mean((1, 3)).reshape(144, 3) for image in painted)
-    lives = np.isin(np.arange(144), outcome["kept"])
-    framed = np.isin(np.arange(144), np.flatnonzero(ndimage.binary_dilation(asked_patches(outcome), iterations=1)))
+    last, first = (image.reshape(18, 8, 18, 8, 3)[:, 2:6, :, 2:6].mean((1, 3)).reshape(324, 3) for image in painted)
+    lives = np.isin(np.arange(324), outcome["kept"])
+    framed = np.isin(np.arange(324), np.flatnonzero(ndimage.binary_dilation(asked_patches(outcome), iterations=1)))
     assert np.abs(last - first)[lives & ~framed].max() < 12
     bright = first.max(1) > 100
     assert (bright & ~lives & ~framed).any()
     assert (last.max(1) < 0.75 * first.max(1))[bright & ~lives & ~framed].all()
     slider.press("ArrowRight")
     crossed = page.locator("#picture-a .now").get_attribute("d").count("M")
-    assert crossed == 144 - schedule[0][1]
+    assert crossed == 324 - schedule[0][1]
 
 
 def test_the_picture_is_the_image_and_the_frame_is_what_is_asked_about(folder, visit):
-    from ivtp.data.scenes import Scenes
+    from ivtp.data.scenes2 import Scenes2
 
     page = visit(folder / "report.html")
-    sample = next(s for s in (Scenes("test", 3)[i] for i in range(15)) if s["patches"].any())
+    sample = next(s for s in (Scenes2("test", 3)[i] for i in range(24)) if s["patches"].any())
     choose(page, "unpruned")
     choose_sample(page, {**sample, "image": sample["image_id"]})
-    inside = np.abs(pixels(page) - np.asarray(sample["image"], float))[8:88, 8:88]
+    inside = np.abs(pixels(page) - np.asarray(sample["image"], float))[8:136, 8:136]
     assert np.median(inside) < 6
-    side = sample["patches"].reshape(12, 12).numpy()
+    side = sample["patches"].reshape(18, 18).numpy()
     padded = np.pad(side, 1)
     edges = sum(int((padded != np.roll(padded, 1, axis)).sum()) for axis in (0, 1))
     assert page.locator("#picture-a .frame").get_attribute("d").count("M") == edges

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ivtp.data.scenes2.assets import SPLITS
 from ivtp.data.scenes2.drawing import PATCH, Scene, draw
-from ivtp.data.scenes2.layout import SIDES, compose
+from ivtp.data.scenes2.layout import OBJECTS, compose
 from ivtp.data.scenes2.questions import FAMILIES, Question, make_questions
 
 _KEPT = 512  # scenes in memory
@@ -30,8 +30,8 @@ def make_scene(
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if size not in SIDES:
-        raise ValueError(f"size must be one of {', '.join(map(str, SIDES))}, got {size!r}")
+    if size not in OBJECTS:
+        raise ValueError(f"size must be one of {', '.join(map(str, OBJECTS))}, got {size!r}")
     rng = np.random.default_rng((seed, SPLITS.index(split), index, size))
     while True:
         scene = draw(compose(rng, split, size), rng, size)
@@ -47,8 +47,8 @@ class Scenes2(Dataset):
     """One question of every family about every scene of a split.
 
     Items are dictionaries: `id` ("test-00012-exist"), `image_id`, `image` (PIL), `question`, `answer`, `family`,
-    `patches` (BoolTensor over the patches, row by row), and what makes a question hard: `size` and `salience` of its
-    targets, `negatives` of exist questions, `place`: whether the photograph is new to the split ("" where it does not apply).
+    `patches` (BoolTensor over the patches, row by row), and `difficulty`, what makes it hard, as far as it applies: `size`
+    and `salience` of its targets, `negatives` of exist questions, `place`: whether the photograph is new to the split.
 
     Args:
         split: one of `SPLITS`.
@@ -61,8 +61,8 @@ class Scenes2(Dataset):
     def __init__(self, split: str = "test", scenes: int = 400, seed: int = 0, size: int = 144, grid: int | None = None):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        if size not in SIDES:
-            raise ValueError(f"size must be one of {', '.join(map(str, SIDES))}, got {size!r}")
+        if size not in OBJECTS:
+            raise ValueError(f"size must be one of {', '.join(map(str, OBJECTS))}, got {size!r}")
         if scenes < 1:
             raise ValueError(f"scenes must be at least 1, got {scenes!r}")
         self.split, self.scenes, self.seed, self.size, self.grid = split, scenes, seed, size, grid or size // PATCH
@@ -84,6 +84,12 @@ class Scenes2(Dataset):
         index, which = divmod(item, len(FAMILIES))
         scene, questions = self.scene(index)
         question = questions[which]
+        difficulty = {
+            "size": question.size,
+            "salience": question.salience,
+            "negatives": question.negatives,
+            "place": "new" if scene.place.split != "train" else "seen",
+        }
         return {
             "id": f"{self.split}-{index:05d}-{question.family}",
             "image_id": f"{self.split}-{index:05d}",
@@ -92,10 +98,7 @@ class Scenes2(Dataset):
             "answer": question.answer,
             "family": question.family,
             "patches": torch.from_numpy(scene.patches(question.targets, self.grid)),
-            "size": question.size,
-            "salience": question.salience,
-            "negatives": question.negatives,
-            "place": "new" if scene.place.split != "train" else "seen",
+            "difficulty": {name: level for name, level in difficulty.items() if level},
         }
 
 

@@ -1,13 +1,14 @@
 """Draw a layout: background, shadows, objects, signs, and which pixels each of them keeps."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from ivtp.data.scenes2 import words
 from ivtp.data.scenes2.assets import Place, concepts, lettering, panorama, sprite
-from ivtp.data.scenes2.layout import SIDES, Draft, Layout, SignDraft
+from ivtp.data.scenes2.layout import Draft, Layout, SignDraft
 
 PATCH = 8
 VISIBLE = 0.8
@@ -15,18 +16,20 @@ VISIBLE = 0.8
 _TRIES = 40
 _LEAST_SHARE = 1 / 16  # of a patch that an object fills, for the patch to count as showing it
 _UPRIGHT = frozenset({"stop sign", "calendar", "keyboard", "dice", "stopwatch", "pool ball", "slot machine", "ruler"})
-# Hue (of 255), saturation and brightness that a tint takes: fixed part and the share of the sprite's own.
+# Mean hue, saturation and brightness (of 255) that a tint gives the main colour.
 _TINTS = {
-    "red": (0, 165, 0.35, 70, 0.7),
-    "orange": (17, 175, 0.3, 105, 0.58),
-    "yellow": (38, 165, 0.35, 125, 0.5),
-    "green": (86, 150, 0.4, 55, 0.65),
-    "blue": (156, 150, 0.4, 75, 0.68),
-    "purple": (196, 130, 0.45, 75, 0.65),
-    "pink": (231, 75, 0.25, 150, 0.41),
-    "white": (0, 0, 0.04, 190, 0.25),
-    "black": (0, 0, 0.04, 14, 0.25),
+    "red": (0, 205, 200),
+    "orange": (17, 215, 235),
+    "yellow": (38, 205, 240),
+    "green": (86, 190, 160),
+    "blue": (156, 195, 190),
+    "purple": (196, 175, 165),
+    "pink": (231, 110, 235),
+    "white": (0, 6, 232),
+    "black": (0, 6, 42),
 }
+_MAIN = 0.6  # least share of a sprite that its main colour makes up; the commonest colours are joined until they do
+_SHADING = 0.7  # of the differences within the main colour
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,34 @@ def background(layout: Layout, size: int) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
-def tinted(image: Image.Image, color: str) -> Image.Image:
-    """A sprite in one colour, its shading kept."""
-    hue, saturation, own_saturation, value, own_value = _TINTS[color]
+def _main_color(hsv: np.ndarray, opaque: np.ndarray) -> np.ndarray:
+    """Pixels of a sprite's main colour: of its commonest hues and greys, as many as make up `_MAIN` of it."""
+    hue, saturation, value = np.moveaxis(hsv, -1, 0)
+    grey = (saturation < 50) | (value < 45)
+    kind = np.where(grey, 12 + (value >= 75) + (value >= 190), ((hue + 10) // 21) % 12).astype(int)
+    kind[~opaque] = -1
+    counts = np.bincount(kind[opaque], minlength=15)
+    order = np.argsort(-counts, kind="stable")
+    return np.isin(kind, order[: 1 + np.searchsorted(np.cumsum(counts[order]), _MAIN * counts.sum())])
+
+
+@cache
+def tinted(sheet: str, cell: int, color: str) -> Image.Image:
+    """A sprite whose main colour is replaced: its shading and what has other colours (wheels, windows, eyes) stay."""
+    image = sprite(sheet, cell).convert("RGBA")
     hsv = np.asarray(image.convert("RGB").convert("HSV")).astype(np.float32)
-    out = np.empty_like(hsv)
-    out[..., 0] = hue
-    out[..., 1] = saturation + own_saturation * hsv[..., 1]
-    out[..., 2] = value + own_value * hsv[..., 2]
-    rgb = Image.fromarray(out.clip(0, 255).astype(np.uint8), "HSV").convert("RGB")
+    main = _main_color(hsv, np.asarray(image.getchannel("A")) > 127)
+    for channel, target in enumerate(_TINTS[color]):
+        own = hsv[..., channel][main]
+        shading = 0 if channel == 0 else _SHADING * (own - own.mean())
+        hsv[..., channel][main] = np.clip(target + shading, 0, 255)
+    rgb = Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")
     rgb.putalpha(image.getchannel("A"))
-    return rgb
+    return rgb.convert("RGBa")
 
 
 def _object(draft: Draft, rng: np.random.Generator) -> Image.Image:
-    image = sprite(draft.sheet, draft.cell)
+    image = tinted(draft.sheet, draft.cell, draft.tint) if draft.tint else sprite(draft.sheet, draft.cell)
     mirrored, turned, angle = rng.random() < 0.5, rng.random() < 0.5, 30 * rng.random() - 15
     if mirrored and draft.concept not in _UPRIGHT and "building" not in concepts()[draft.concept].hypernyms:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -111,8 +127,7 @@ def _object(draft: Draft, rng: np.random.Generator) -> Image.Image:
     image = image.resize([max(4, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     if turned:
         image = image.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    image = image.convert("RGBA")
-    return tinted(image, draft.tint) if draft.tint else image
+    return image.convert("RGBA")
 
 
 def _sign(draft: SignDraft) -> Image.Image:
@@ -176,7 +191,7 @@ class _Board:
 
 
 def draw(layout: Layout, rng: np.random.Generator, size: int) -> Scene | None:
-    """Draw a layout; None where its objects do not fit."""
+    """Draw a layout; None where its objects do not fit, or one is too thin to show in any patch."""
     canvas, board = background(layout, size), _Board(size)
     signs = [(draft, _sign(draft)) for draft in layout.signs]
     spots = [board.place(image, rng, True) for _, image in signs]
@@ -196,12 +211,13 @@ def draw(layout: Layout, rng: np.random.Generator, size: int) -> Scene | None:
     if len(shown) < len(layout.objects) - 1:
         return None
     patches = coverage(board.owner, len(board.areas), size // PATCH)
+    if not patches.any(1).all():
+        return None
     visible = board.left
     first = len(signs)
     centers = [(x + image.width / 2, y + image.height / 2) for _, (x, y), image in shown]
     salience = [
-        visible[first + i] / SIDES[size] ** 2 * (1.3 - np.hypot(x / size - 0.5, y / size - 0.5))
-        for i, (x, y) in enumerate(centers)
+        visible[first + i] * (1.3 - np.hypot(x / size - 0.5, y / size - 0.5)) for i, (x, y) in enumerate(centers)
     ]
     ranks = np.argsort(np.argsort([-s for s in salience], kind="stable"), kind="stable").tolist()
     things = tuple(

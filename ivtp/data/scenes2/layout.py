@@ -8,15 +8,14 @@ import numpy as np
 from ivtp.data.scenes2 import words
 from ivtp.data.scenes2.assets import SHARES, Place, concepts, fonts, places, views
 
-SIDES = {144: 0.8, 192: 1.0}
-"""Sides of a picture in pixels, and the scale of the objects on it."""
 TIERS = {"small": (18, 25), "medium": (25, 40), "large": (40, 64)}
-"""Longer side of an object in pixels, at 192."""
+"""Longer side of an object in pixels."""
 TIER_SHARES = (0.4, 0.4, 0.2)
-OBJECTS = (8, 14)
+OBJECTS = {144: (6, 9), 192: (8, 14)}
+"""Side of a picture in pixels, and the least and most objects on it."""
 _FOCUS = 0.85  # scenes with two to four objects of one hypernym, or there would be little to count
 _THEMED = 0.6
-_TINTED = 0.36
+_TINTED = 0.55  # of the objects that come in any colour; about a third of all
 _TWINS = 0.2  # chance that an object repeats an earlier concept
 _RARE = 60.0  # the larger, the more evenly concepts are drawn
 
@@ -115,7 +114,7 @@ def _concepts(rng: np.random.Generator, split: str, count: int, theme: str, bann
     return chosen[:count]
 
 
-def _signs(rng: np.random.Generator, split: str, scale: float) -> list[SignDraft]:
+def _signs(rng: np.random.Generator, split: str) -> list[SignDraft]:
     kinds, colors = ["word", "word", "number", "price"], list(words.SIGN_COLORS)
     signs = []
     for _ in range(pick(rng, (1, 2, 3))):
@@ -123,13 +122,12 @@ def _signs(rng: np.random.Generator, split: str, scale: float) -> list[SignDraft
         kinds.remove(kind)
         colors.remove(color)
         text = pick(rng, {"word": words.SIGN_WORDS, "number": words.NUMBERS, "price": words.PRICES}[kind])
-        signs.append(SignDraft(text, kind, color, pick(rng, fonts(split)), (17 + 9 * rng.random()) * scale))
+        signs.append(SignDraft(text, kind, color, pick(rng, fonts(split)), 17 + 9 * rng.random()))
     return signs
 
 
 def compose(rng: np.random.Generator, split: str, size: int) -> Layout:
     """Draw a layout."""
-    scale = SIDES[size]
     place = pick(rng, places(split))
     whole = place.split != "train" or split in ("style", "wild")  # a photograph of these splits alone
     start, stop = (0.0, 1.0) if place.split != "train" else SHARES["test" if whole else split]
@@ -138,15 +136,15 @@ def compose(rng: np.random.Generator, split: str, size: int) -> Layout:
     pitch = (rng.random() - 0.5) * 0.24
     look = (yaw, pitch, view, bool(rng.random() < 0.5))
     theme = pick(rng, list(_pools(split)[0]))
-    low, high = OBJECTS
-    count = low + int(rng.random() * (high - low + 1 - (2 if size < 192 else 0)))
+    low, high = OBJECTS[size]
+    count = low + int(rng.random() * (high - low + 1))
     objects = []
     for name in _concepts(rng, split, count, theme, place.shows):
         sheet, cells = pick(rng, views(name, split))
-        tint = pick(rng, words.COLORS) if rng.random() < _TINTED else ""
+        tint = pick(rng, words.COLORS) if words.any_color(name) and rng.random() < _TINTED else ""
         tier = pick(rng, tuple(TIERS), TIER_SHARES)
         least, most = TIERS[tier]
-        side = scale * (least + (most - least) * rng.random())
+        side = least + (most - least) * rng.random()
         objects.append(Draft(name, tint, sheet, pick(rng, cells), side, tier))
     objects.sort(key=lambda draft: -draft.side)  # the large ones find room first, and lie behind
-    return Layout(place, look, theme, tuple(objects), tuple(_signs(rng, split, scale)))
+    return Layout(place, look, theme, tuple(objects), tuple(_signs(rng, split)))

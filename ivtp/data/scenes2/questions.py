@@ -13,6 +13,8 @@ from ivtp.data.scenes2.layout import drawable, pick, popularity
 
 FAMILIES = ("exist", "attribute", "name", "spatial", "count", "text", "place", "logic")
 NEGATIVES = ("random", "popular", "adversarial")
+FORMS = ("and", "or", "but")  # of logic questions
+SIDES = ("left", "right"), ("above", "below")  # of spatial questions with two answers: across, down
 SALIENT = 4
 """Captions mention the so many most salient objects of a scene; half of the questions are about the others."""
 _APART = 0.11  # of the side: how far two centres must differ for "left of" to be beyond doubt
@@ -43,6 +45,41 @@ class Question:
         object.__setattr__(self, "size", tiers[0] if tiers else "")
         low = any(t.rank >= SALIENT for t in things)
         object.__setattr__(self, "salience", ("low" if low else "high") if things else "")
+
+
+def ask_exist(rng: np.random.Generator, term: str) -> str:
+    """Text of an exist question about a term."""
+    if term in words.PLURAL:
+        forms = (f"are there any {term} ?", f"do you see any {term} ?", f"are there {term} in the picture ?")
+    elif term in words.MASS:
+        forms = (f"is there any {term} ?", f"do you see any {term} ?", f"is there {term} in the picture ?")
+    else:
+        one = words.indefinite(term)
+        forms = (f"is there {one} ?", f"do you see {one} ?", f"is there {one} in the picture ?")
+    return pick(rng, forms)
+
+
+def which_are_there(rng: np.random.Generator, form: str, yes: bool) -> tuple[bool, bool]:
+    """Draw the presence of the two things of a logic question; the hard way to be wrong is drawn most often."""
+    if form == "and":
+        return (True, True) if yes else pick(rng, ((True, False), (False, True), (False, False)), (2, 2, 1))
+    if form == "or":
+        return pick(rng, ((True, False), (False, True), (True, True)), (2, 2, 1)) if yes else (False, False)
+    return (True, False) if yes else pick(rng, ((True, True), (False, False), (False, True)), (3, 1, 1))
+
+
+def ask_side(term: str, other: str, low: str, high: str) -> str:
+    """Text of a spatial question with two answers, as "left" and "right"."""
+    of = " of" if low == "left" else ""
+    return f"{words.be(term)} the {words.singular(term)} {low} or {high}{of} the {words.singular(other)} ?"
+
+
+def ask_logic(form: str, a: str, b: str) -> str:
+    """Text of a logic question about two terms; form: "and", "or", "but" (a, but no b)."""
+    be = "are" if a in words.PLURAL else "is"
+    if form == "but":
+        return f"{be} there {words.indefinite(a)} but no {words.singular(b)} ?"
+    return f"{be} there {words.indefinite(a)} {form} {words.indefinite(b)} ?"
 
 
 class Asker:
@@ -146,17 +183,7 @@ class Asker:
         if not chosen or not chosen[0]:
             return None
         term, things = chosen
-        if term in words.PLURAL:
-            text = pick(
-                self.rng, (f"are there any {term} ?", f"do you see any {term} ?", f"are there {term} in the picture ?")
-            )
-        elif term in words.MASS:
-            text = pick(
-                self.rng, (f"is there any {term} ?", f"do you see any {term} ?", f"is there {term} in the picture ?")
-            )
-        else:
-            one = words.indefinite(term)
-            text = pick(self.rng, (f"is there {one} ?", f"do you see {one} ?", f"is there {one} in the picture ?"))
+        text = ask_exist(self.rng, term)
         return Question(text, "yes" if yes else "no", "exist", tuple(things), (term,), kind)
 
     def attribute(self) -> Question | None:
@@ -248,14 +275,10 @@ class Asker:
                 if words.terms()[term] & words.terms()[name]:
                     continue
                 across, down = first[0].x - second[0].x, first[0].y - second[0].y
-                subject = f"{words.be(term)} the {words.singular(term)}"
                 both = (first[0], second[0])
-                if abs(across) >= gap:
-                    text = f"{subject} left or right of the {words.singular(name)} ?"
-                    options.append((text, "left" if across < 0 else "right", both, (term, name)))
-                if abs(down) >= gap:
-                    text = f"{subject} above or below the {words.singular(name)} ?"
-                    options.append((text, "above" if down < 0 else "below", both, (term, name)))
+                for (low, high), step in zip(SIDES, (across, down), strict=True):
+                    if abs(step) >= gap:
+                        options.append((ask_side(term, name, low, high), low if step < 0 else high, both, (term, name)))
         return options
 
     def count(self) -> Question | None:
@@ -301,14 +324,8 @@ class Asker:
 
     def logic(self) -> Question | None:
         rng = self.rng
-        form, yes = pick(rng, ("and", "or", "but")), rng.random() < 0.5
-        # Which of the two are there; the hard way to be wrong is drawn most often.
-        if form == "and":
-            there = (True, True) if yes else pick(rng, ((True, False), (False, True), (False, False)), (2, 2, 1))
-        elif form == "or":
-            there = pick(rng, ((True, False), (False, True), (True, True)), (2, 2, 1)) if yes else (False, False)
-        else:
-            there = (True, False) if yes else pick(rng, ((True, True), (False, False), (False, True)), (3, 1, 1))
+        form, yes = pick(rng, FORMS), rng.random() < 0.5
+        there = which_are_there(rng, form, yes)
         chosen: list[tuple[str, list[Thing]]] = []
         for wanted in there:
             for _ in range(20):
@@ -319,11 +336,7 @@ class Asker:
         if len(chosen) < 2:
             return None
         (a, first), (b, second) = chosen
-        be = "are" if a in words.PLURAL else "is"
-        if form == "but":
-            text = f"{be} there {words.indefinite(a)} but no {words.singular(b)} ?"
-        else:
-            text = f"{be} there {words.indefinite(a)} {form} {words.indefinite(b)} ?"
+        text = ask_logic(form, a, b)
         return Question(text, "yes" if yes else "no", "logic", (*first, *second), (a, b))
 
 

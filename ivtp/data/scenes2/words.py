@@ -39,6 +39,50 @@ _SPOKEN = {
 }
 NOT_ASKED = frozenset({"stationery", "money", "food"})
 """Hypernyms without a natural question of their own ("how many foods")."""
+_OWN_COLOR = frozenset({"animal", "plant", "fruit", "vegetable", "food", "drink", "money"})
+_ALWAYS = frozenset(
+    [
+        *("stop sign", "traffic light", "barber pole", "traffic cone", "cloud", "sun", "moon", "star", "rainbow"),
+        *(
+            "lightning",
+            "snowflake",
+            "snowman",
+            "tornado",
+            "fire",
+            "drop",
+            "pumpkin",
+            "palette",
+            "painting",
+            "newspaper",
+        ),
+        *("globe", "map", "chart", "dna", "log", "stone", "brick", "rubik cube", "chessboard", "target", "shell"),
+        *(
+            "fire truck",
+            "ambulance",
+            "taxi",
+            "hydrant",
+            "fire extinguisher",
+            "whiteboard",
+            "fireplace",
+            "aquarium",
+            "mirror",
+            "window",
+            "gem",
+            "ring",
+            "medal",
+            "trophy",
+            "crown",
+            "dice",
+        ),
+    ]
+)
+
+
+def any_color(name: str) -> bool:
+    """Whether a concept comes in any colour, as cars and mugs do, and lions and lemons do not."""
+    return name not in _ALWAYS and not _OWN_COLOR & set(concepts()[name].hypernyms)
+
+
 PLURAL = frozenset(
     _listed("grapes fries glasses sunglasses scissors headphones chopsticks jeans shorts maracas pliers")
 )
