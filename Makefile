@@ -1,7 +1,7 @@
 # `make help` lists what there is. PYTHON chooses the interpreter: make test PYTHON=.venv/bin/python
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help install constraints lint format test test-lowest test-newest run cost wheel ci clean
+.PHONY: help install constraints lint format test test-lowest test-newest docs run cost wheel ci clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-lowest: ## All that has to pass, with the lowest versions that pyproject.to
 test-newest: ## All that has to pass, with the newest versions
 	bash .ci/run newest
 
+docs: ## Build the documentation into docs/_build, warnings as errors
+	$(PYTHON) -m sphinx -W -b html docs docs/_build
+
 run: ## The main job: the group-size ablation, offline, in minutes
 	$(PYTHON) -m ivtp.run experiment=ablation_groupsize
 
@@ -45,5 +48,5 @@ ci: ## All that has to pass, in a fresh virtual environment
 	bash .ci/run
 
 clean: ## Remove what was built and cached; outputs/ stays
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .ci/venv
+	rm -rf build dist docs/_build docs/experiments docs/jupyter_execute docs/notebooks .pytest_cache .ruff_cache .hypothesis .ci/venv
 	find . -name __pycache__ -type d -not -path "./.git/*" -prune -exec rm -rf {} +

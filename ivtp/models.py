@@ -156,6 +156,11 @@ def shape_of(model, image: tuple[int, int] | None = None) -> Shape:
     """The sizes that pruning and cost depend on, of a model or of a transformers config.
 
     image  height and width in pixels of an image, for families whose number of tokens depends on it; None: a usual one
+
+    >>> from transformers import LlavaConfig
+    >>> shape = shape_of(LlavaConfig())
+    >>> shape.tokens, shape.vision.depth, shape.language.depth
+    (576, 24, 32)
     """
     model = unwrapped(model)
     shape = family(model).shape

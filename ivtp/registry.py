@@ -12,7 +12,11 @@ T = TypeVar("T", bound=Callable)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """One line that says what is not known, what was probably meant, and what there is."""
+    """One line that says what is not known, what was probably meant, and what there is.
+
+    >>> unknown("pruner", "ivpt", ["fastv", "ivtp"])
+    "unknown pruner 'ivpt'. Did you mean 'ivtp'? Known: fastv, ivtp"
+    """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""

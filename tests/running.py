@@ -16,7 +16,15 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("debug=limit", "logger=none")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+COPIED = ("_build", "experiments", "jupyter_execute", "notebooks")
+"""Folders of docs/ that its build writes."""
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if not (path.is_relative_to(ROOT / "docs") and path.relative_to(ROOT / "docs").parts[0] in COPIED)
+}
+"""README and the pages of the documentation, by path."""
+README = PAGES["README.md"]
 FIRST_RUN = re.findall(r"^## First run on .*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[0].splitlines()
 """The README's first run on a real model, which needs a hub: `test_hub.py` has one."""
 

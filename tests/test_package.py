@@ -13,6 +13,7 @@ import zipfile
 from importlib.metadata import version
 
 import pytest
+import yaml
 from running import ROOT, environment, lines
 
 import ivtp
@@ -208,7 +209,11 @@ def test_make_help_explains_every_target():
 def test_make_and_ci_say_what_the_readme_says():
     readme = (ROOT / "README.md").read_text()
     makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
-    for command in ('pip install -e ".[dev]" -c constraints.txt', "python -m ivtp.run experiment=ablation_groupsize"):
+    for command in (
+        'pip install -e ".[dev]" -c constraints.txt',
+        "python -m ivtp.run experiment=ablation_groupsize",
+        "python -m sphinx -W -b html docs docs/_build",
+    ):
         assert command in readme
         assert command in ci.replace('\\"', '"')
         assert command.removeprefix("python ") in makefile
@@ -231,3 +236,29 @@ def test_yaml_files_of_the_project_can_be_read():
         "end-of-file-fixer",
         "check-added-large-files",
     }
+
+
+def workflow(name: str) -> dict:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())["jobs"]
+
+
+def test_the_workflows_test_the_supported_versions_of_python_by_ci_run():
+    about, job = project()["project"], workflow("ci.yml")["test"]
+    marks = [c.rpartition(" :: ")[2] for c in about["classifiers"] if c.startswith("Programming Language :: Python ::")]
+    matrix = job["strategy"]["matrix"]
+    assert matrix["python"] == marks
+    assert about["requires-python"] == f">={marks[0]}"
+    assert {*matrix["versions"], *(row["versions"] for row in matrix["include"])} == {"tested", "lowest", "newest"}
+    assert any(step.get("run", "").startswith(".ci/run ") for step in job["steps"])
+
+
+def test_a_release_builds_checks_and_runs_the_wheel():
+    commands = "\n".join(step.get("run", "") for step in workflow("release.yml")["build"]["steps"])
+    for part in ("-m build", "twine check", "install dist/*.whl", "-m ivtp.run experiment=ablation_groupsize"):
+        assert part in commands
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.*")), ids=lambda path: path.name)
+def test_files_that_github_s_forms_name_exist(path):
+    for name in re.findall(r"\b(?:docs|tests)/[\w/.-]*\w|\b[A-Z]+\.md\b", path.read_text()):
+        assert name == "docs/_build" or (ROOT / name).exists(), name

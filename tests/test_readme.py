@@ -1,35 +1,53 @@
-"""What the README shows is what happens: every command and every piece of Python in it runs."""
+"""The README and the pages of the documentation show what happens: every command and every piece of Python in them runs."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
+import tomllib
 from pathlib import Path
+from pkgutil import resolve_name
 
 import benchmarks
 import pytest
-from running import FIRST_RUN, README, ROOT, lines, run
+from running import COPIED, FIRST_RUN, PAGES, README, ROOT, lines, run
 
 import ivtp
 from ivtp import bench, cost
 from ivtp.models import ASSETS
 
-FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for language, text in FENCES
+FENCES = [
+    (page, language, text)
+    for page, whole in PAGES.items()
+    for language, text in re.findall(r"^```(\w*)\n(.*?)^```", whole, re.MULTILINE | re.DOTALL)
+]
+LINES = [
+    (line, line.split("  #")[0].strip())
+    for _, language, text in FENCES
     if language in ("bash", "sh", "shell", "console", "")
     for line in text.splitlines()
-    if line.strip().startswith("python -m ivtp") and line not in FIRST_RUN
 ]
-SNIPPETS = [text for language, text in FENCES if language == "python"]
+COMMANDS = list(
+    dict.fromkeys(command for line, command in LINES if command.startswith("python -m ivtp") and line not in FIRST_RUN)
+)
+# Commands for one GPU of several: composed, not run.
+ELSEWHERE = [command for _, command in LINES if re.match(r"CUDA_VISIBLE_DEVICES=\d python -m ivtp\.run ", command)]
+SNIPPETS = [(page, text) for page, language, text in FENCES if language == "python"]
+
+
+def fence(page: str, language: str) -> str:
+    """The only block of a language on a page."""
+    (text,) = [text for at, of, text in FENCES if (at, of) == (page, language)]
+    return text
 
 
 def test_there_is_something_to_try():
     assert len(COMMANDS) >= 8
-    assert len(SNIPPETS) >= 2
-    assert len(README.splitlines()) < 250
+    assert len(ELSEWHERE) >= 2
+    assert {page for page, _ in SNIPPETS} >= {"README.md", "docs/quickstart.md", "docs/how-to/own_pruner.md"}
+    assert len(README.splitlines()) <= 110
 
 
 def a_folder_of_questions(tmp_path: Path) -> Path:
@@ -93,8 +111,22 @@ def test_every_command_runs(command, one_folder, tmp_path, monkeypatch, capsys):
     assert list((one_folder / output).glob("*/table.md"))
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_every_piece_of_python_runs(number, monkeypatch):
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_commands_for_one_gpu_of_several_compose(command):
+    from ivtp.config import load_config, variants
+
+    _, python, _, module, *arguments = shlex.split(command)
+    assert (python, module) == ("python", "ivtp.run")
+    assert next(row["label"] for row in variants(load_config(arguments))) == "unpruned"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return ivtp.load_model("tiny")
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)), ids=[page for page, _ in SNIPPETS])
+def test_every_piece_of_python_runs(number, tiny, monkeypatch):
     import numpy as np
     from PIL import Image
 
@@ -102,15 +134,16 @@ def test_every_piece_of_python_runs(number, monkeypatch):
 
     before = dict(PRUNERS._found)
     image = Image.fromarray(np.full((96, 96, 3), 90, np.uint8))
-    names = {"image": image, "prompt": "<image> is there a red circle ?"}
+    model, processor = tiny
+    names = {"image": image, "prompt": "<image> is there a red circle ?", "model": model, "processor": processor}
+    page, text = SNIPPETS[number]
     # In a real file, so that functions defined in it have annotations and a source.
-    module = type(sys)("readme_snippet")
+    module = type(sys)("documentation_snippet")
     module.__dict__.update(names)
-    monkeypatch.setitem(sys.modules, "readme_snippet", module)
+    monkeypatch.setitem(sys.modules, "documentation_snippet", module)
     try:
-        exec(compile(SNIPPETS[number], f"README.md, Python {number + 1}", "exec"), module.__dict__)
+        exec(compile(text, f"{page}, Python", "exec"), module.__dict__)
         for name in set(PRUNERS._found) - set(before):
-            model, processor = ivtp.load_model("tiny")
             with ivtp.prune(model, name, keep=9) as run_:
                 model.generate(**processor(images=image, text=names["prompt"], return_tensors="pt"), max_new_tokens=1)
             assert run_.trace.kept.position.shape[1] == 9
@@ -119,26 +152,61 @@ def test_every_piece_of_python_runs(number, monkeypatch):
             del PRUNERS._found[name]
 
 
-def test_the_list_of_pruners_is_that_of_the_registry():
+def test_the_experiment_of_the_how_to_composes(tmp_path, monkeypatch):
+    from ivtp import config
+
+    configs = shutil.copytree(config.FOLDER, tmp_path / "configs")
+    text = fence("docs/how-to/own_experiment.md", "yaml")
+    (configs / "experiment" / "my_experiment.yaml").write_text(text)
+    monkeypatch.setattr(config, "FOLDER", configs)
+    rows = list(config.variants(config.load_config(["experiment=my_experiment"])))
+    assert [row["label"] for row in rows] == ["unpruned", "ivtp 1/9", "ivtp 2/9", "random 1/9", "random 2/9"]
+    assert config.options("experiment")["my_experiment"].endswith("?")
+
+
+def test_the_entry_point_of_the_how_to_is_that_of_the_registry():
     from ivtp.pruners import PRUNERS
 
-    section = README.split("## Pruners")[1].split("\n## ")[0]
-    listed = re.findall(r"^\| `(\w+)`", section, re.MULTILINE)
-    assert listed == sorted(set(listed), key=listed.index), "a pruner is listed twice"
-    ours = {name for name in ivtp.list_pruners() if PRUNERS[name].__module__.startswith("ivtp.")}
-    assert set(listed) == ours
+    (group,) = tomllib.loads(fence("docs/how-to/own_pruner.md", "toml"))["project"]["entry-points"]
+    assert group == PRUNERS.group
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+def test_the_number_of_methods_is_that_of_the_registry():
+    from ivtp.pruners import PRUNERS
+
+    ours = {name for name in ivtp.list_pruners() if PRUNERS[name].__module__.startswith("ivtp.")} - {"none"}
+    assert re.findall(r"\b(\d+)(?: methods\b|, from IVTP)", README) == [str(len(ours))] * 2
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "SECURITY.md"])
+def test_links_lead_somewhere(page):
+    text = PAGES[page] if page in PAGES else (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            place = ((ROOT / page).parent / target).resolve().relative_to(ROOT)
+            if place.parts[0] == "docs" and place.parts[1] in COPIED:  # where the build copies it from
+                place = place.relative_to("docs")
+            assert (ROOT / place).exists(), target
+
+
+def test_symbols_that_pages_name_exist():
+    """Code spans such as `ivtp.pruning.scores.Rollout`, and roles and directives that refer to Python objects."""
+    text = "\n".join(text for page, text in PAGES.items())
+    names = set(re.findall(r"`(ivtp(?:\.\w+)+)`", text)) | set(re.findall(r"<(ivtp(?:\.\w+)+)>`", text))
+    names |= set(re.findall(r"^\.\. auto\w+:: (\S+)", text, re.MULTILINE))
+    assert len(names) > 30
+    for name in names:
+        resolve_name(name)
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    listed = re.findall(r"auto\w+:: ivtp\.(\w+)$", PAGES["docs/reference/api.md"], re.MULTILINE)
+    assert set(listed) == set(ivtp.__all__)
 
 
 def test_the_tree_is_that_of_the_repository():
-    tree = next(text for language, text in FENCES if language == "text" and "ivtp/" in text)
     folder = Path()
-    for line in tree.splitlines():
+    for line in fence("docs/reference/layout.md", "text").splitlines():
         name = line.split()[0]
         if line.startswith("  "):
             assert (ROOT / folder / name).exists(), f"{folder / name}"

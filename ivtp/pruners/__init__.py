@@ -23,7 +23,11 @@ register_pruner = PRUNERS.register
 
 
 def list_pruners() -> list[str]:
-    """The names of all pruners, those of installed third-party packages included."""
+    """The names of all pruners, those of installed third-party packages included.
+
+    >>> [name for name in list_pruners() if name.startswith("t")]
+    ['tome', 'tome_plus', 'topk', 'topk_plus']
+    """
     return PRUNERS.names()
 
 
@@ -32,6 +36,14 @@ def load_pruner(name: str, shape: Shape, position_ids: str = "keep", per: str = 
 
     per   what `keep` counts: the tokens of a whole "image", spread evenly over its crops, or those of each "crop"
     Raises ValueError for an unknown name or setting, and for a budget that the model or the method cannot meet.
+
+    >>> import ivtp
+    >>> from transformers import LlavaConfig  # its defaults are the sizes of LLaVA-1.5-7B
+    >>> plan = ivtp.load_pruner("ivtp", ivtp.shape_of(LlavaConfig()), keep=64)
+    >>> [cut.keep for cut in plan.vision.schedule]
+    [480, 399, 333, 277, 231, 192, 160, 133]
+    >>> [(cut.layer, cut.keep) for cut in plan.language.schedule]
+    [(2, 111), (5, 92), (8, 77), (11, 64)]
     """
     if per not in PER:
         raise ValueError(f"per={per!r} is not one of {', '.join(PER)}: what keep counts")

@@ -50,7 +50,11 @@ def solve(budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Map
 
 
 def fraction(value: object) -> float:
-    """0.111 or "1/9" as a number."""
+    """0.111 or "1/9" as a number.
+
+    >>> fraction("1/4"), fraction(0.25)
+    (0.25, 0.25)
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise UserError(f"budget.ratio={value!r} is not a number")
     try:

@@ -141,6 +141,14 @@ def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = No
     """Cost of one image with `text` prompt tokens around it.
 
     instruction  tokens that the CLIP text encoder reads, its begin and end marks included; default: one full context
+
+    >>> import ivtp
+    >>> from transformers import LlavaConfig  # its defaults are the sizes of LLaVA-1.5-7B
+    >>> shape = ivtp.shape_of(LlavaConfig())
+    >>> round(cost(shape, ivtp.Plan()).total / 1e12, 3)
+    15.404
+    >>> round(cost(shape, ivtp.load_pruner("ivtp", shape, keep=64)).total / 1e12, 2)
+    8.2
     """
     counts, reached = [shape.patches], []
     vision, scores, v = _stack(

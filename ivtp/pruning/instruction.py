@@ -28,7 +28,11 @@ def squeeze(text: str) -> str:
 
 
 def squeezed_spans(text: str, offsets: list[Span]) -> list[Span]:
-    """Offsets into `text`, as tokenizers return them, as spans of its squeezed characters."""
+    """Offsets into `text`, as tokenizers return them, as spans of its squeezed characters.
+
+    >>> squeezed_spans("a red ball", [(0, 1), (1, 5), (5, 10)])
+    [(0, 1), (1, 4), (4, 8)]
+    """
     before = [0]
     for character in text:
         before.append(before[-1] + (not character.isspace()))
@@ -44,6 +48,9 @@ def align(relevance: Float[Tensor, " s"], spans: list[Span], targets: list[Span]
     """Eq. 7: an LLM token's relevance is the mean over the CLIP tokens that spell the same characters.
 
     An LLM token that shares no character with any (a space, a line break) gets -inf: it is never relevant.
+
+    >>> align(torch.tensor([0.5, 0.25]), [(0, 3), (3, 6)], [(0, 6), (2, 3), (7, 7)])  # two CLIP tokens, three LLM tokens
+    tensor([0.3750, 0.5000,   -inf])
     """
     start = torch.tensor([s for s, _ in spans], device=relevance.device)
     end = torch.tensor([e for _, e in spans], device=relevance.device)

@@ -26,12 +26,22 @@ class Cut:
 
 
 def equal_ratio(tokens: int, keep: float, cuts: int) -> list[int]:
-    """What stays after each of `cuts` cuts if every one keeps the same share: 576, 64, 12 → 480 399 … 77 64."""
+    """Visual tokens after each of `cuts` cuts of equal keep ratio, from `tokens` down to `keep`.
+
+    >>> equal_ratio(576, 64, 4)
+    [333, 192, 111, 64]
+    """
     return [round(tokens * (keep / tokens) ** (i / cuts)) for i in range(1, cuts + 1)]
 
 
 def group_ends(layers: int, group: int | str) -> list[int]:
-    """The last layer of every whole group of `group` layers ("all": one group) among the first `layers`."""
+    """The last layer of every whole group of `group` layers ("all": one group) among the first `layers`.
+
+    >>> group_ends(12, 3)
+    [2, 5, 8, 11]
+    >>> group_ends(12, "all")
+    [11]
+    """
     if group == "all":
         group = layers
     if not isinstance(group, int) or group < 1:

@@ -17,7 +17,13 @@ class Select(Protocol):
 
 
 def top_k(scores: Float[Tensor, "b v"], metric: Tensor | None, keep: int, tokens: Tokens) -> Selection:
-    """The `keep` highest scores, in sequence order; of equal scores the lower index stays."""
+    """The `keep` highest scores, in sequence order; of equal scores the lower index stays.
+
+    >>> visual = torch.ones(1, 4, dtype=torch.bool)
+    >>> tokens = Tokens.of(torch.zeros(1, 4, 8), visual, ~visual)
+    >>> top_k(torch.tensor([[0.1, 0.4, 0.2, 0.4]]), None, 2, tokens).index
+    tensor([[1, 3]])
+    """
     order = scores.argsort(dim=1, descending=True, stable=True)
     return Selection(order[:, :keep].sort(dim=1).values)
 

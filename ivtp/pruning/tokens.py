@@ -97,7 +97,14 @@ class Tokens:
         sample: Tensor | None = None,
         facts: Facts | None = None,
     ) -> Tokens:
-        """A fresh, unpruned sequence: every token stands for itself, at its own index."""
+        """A fresh, unpruned sequence: every token stands for itself, at its own index.
+
+        >>> from ivtp.pruning.reduces import drop
+        >>> visual = torch.tensor([[False, True, True, True]])  # a class token and three patches
+        >>> tokens = Tokens.of(torch.zeros(1, 4, 8), visual, ~visual)
+        >>> tokens.keep(Selection(torch.tensor([[0, 2]])), drop, None).position  # the first and the last patch stay
+        tensor([[0, 1, 3]])
+        """
         b, n, _ = x.shape
         if position is None:
             position = torch.arange(n, device=x.device).expand(b, n)

@@ -1,0 +1,30 @@
+"""The directive `config-options`: every option of a config group with the first comment line of its file."""
+
+from docstrings import inline
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+from ivtp.config import FOLDER, options
+
+
+class ConfigOptions(SphinxDirective):
+    """`.. config-options:: GROUP`, such as data, model or experiment."""
+
+    required_arguments = 1
+
+    def run(self) -> list:
+        (group,) = self.arguments
+        for path in (FOLDER / group).glob("*.yaml"):
+            self.env.note_dependency(str(path))
+        lines = [".. list-table::", "   :header-rows: 1", "", f"   * - ``{group}=``", "     - "]
+        for name, about in options(group).items():
+            lines += [f"   * - ``{name}``", f"     - {inline(about)}"]
+        node = nodes.container()
+        self.state.nested_parse(StringList([*lines, ""], source=f"configs/{group}"), self.content_offset, node)
+        return node.children
+
+
+def setup(app) -> dict:
+    app.add_directive("config-options", ConfigOptions)
+    return {"parallel_read_safe": True}

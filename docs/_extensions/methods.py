@@ -1,0 +1,87 @@
+"""The directive `methods`: registered pruners from their functions, settings and docstrings.
+
+.. methods:: table       one line for each: its first sentence, where it prunes, its FLOPs
+.. methods:: SITE        signature and docstring of those that prune at SITE (a key of SITES)
+"""
+
+import inspect
+import re
+
+from docstrings import inline
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+from transformers import LlavaConfig
+
+import ivtp
+from ivtp.pruners import PRUNERS
+from ivtp.pruning.cost import cost
+
+SHAPE = ivtp.shape_of(LlavaConfig())  # transformers' defaults are the sizes of LLaVA-1.5-7B
+KEEP, TEXT = 64, 512
+SITES = {"vision": "vision tower", "language": "language model", "both": "both", "image": "image", "none": "–"}
+
+
+def plan(name: str) -> ivtp.Plan:
+    keep = {"keep": KEEP} if "keep" in inspect.signature(PRUNERS[name]).parameters else {}
+    return ivtp.load_pruner(name, SHAPE, **keep)
+
+
+def site(name: str) -> str:
+    """Where a method prunes, a key of SITES."""
+    of = plan(name)
+    if of.image:
+        return "image"
+    if of.vision and of.language:
+        return "both"
+    return "vision" if of.vision else "language" if of.language else "none"
+
+
+def own() -> list[str]:
+    """The pruners of this package, without those of other installed packages."""
+    return [name for name in ivtp.list_pruners() if PRUNERS[name].__module__.startswith("ivtp.")]
+
+
+def path(name: str) -> str:
+    return f"{PRUNERS[name].__module__}.{PRUNERS[name].__qualname__}"
+
+
+def summary(name: str) -> str:
+    """The first sentence of a method's docstring."""
+    paragraph = inspect.getdoc(PRUNERS[name]).split("\n\n")[0]
+    return re.split(r"(?<=\w{3}\.)\s(?=[A-Z`])", " ".join(paragraph.split()))[0]
+
+
+class Methods(SphinxDirective):
+    required_arguments = 1
+
+    def run(self) -> list:
+        (wanted,) = self.arguments
+        if wanted == "table":
+            lines = self.table()
+        elif wanted in SITES:
+            names = [name for name in own() if site(name) == wanted]
+            lines = [line for name in names for line in (f".. autofunction:: {path(name)}", "")]
+        else:
+            raise self.error(f"methods:: {wanted} is not one of table, {', '.join(SITES)}")
+        node = nodes.container()
+        self.state.nested_parse(StringList(lines, source="methods"), self.content_offset, node)
+        return node.children
+
+    @staticmethod
+    def table() -> list[str]:
+        lines = [".. list-table::", "   :header-rows: 1", ""]
+        rows = [("name", "method", "prunes in", "TFLOPs")]
+        for name in own():
+            link = f":py:func:`{name} <{path(name)}>`"
+            rows.append(
+                (link, inline(summary(name)), SITES[site(name)], f"{cost(SHAPE, plan(name), TEXT).total / 1e12:.2f}")
+            )
+        for row in rows:
+            lines += [f"   {' ' if column else '*'} - {cell}" for column, cell in enumerate(row)]
+        return [*lines, ""]
+
+
+def setup(app) -> dict:
+    app.add_directive("methods", Methods)
+    return {"parallel_read_safe": True}
