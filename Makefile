@@ -15,9 +15,10 @@ constraints: ## Write the versions installed in a fresh environment of the newes
 	build/newest/bin/pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' >> build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
-lint: ## Check style and formatting
+lint: ## Check style, formatting and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
 
 format: ## Put the code into shape
 	$(PYTHON) -m ruff check --fix .

@@ -1,19 +1,20 @@
-"""`python experiments/collect.py OUTPUTS [NAME ...]`: take finished results into experiments/, and write the table of claims.
+"""`python experiments/collect.py OUTPUTS [NAME ...]`: copy finished results into experiments/, and write the table of claims.
 
 Of each experiment: results.jsonl, blind.jsonl, costs.jsonl, claims.json, experiment.json, table.md, and pictures below
-300 kB. The tables in the READMEs stand between two marks and are written from those files alone, never by hand.
+300 kB. The READMEs link the table and show the pictures between two marks; the table of claims is written from those files
+alone, never by hand.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ivtp.report.claims import HEADS, lines
+from ivtp.report.claims import table
+from ivtp.report.tables import escape
 
 HERE = Path(__file__).parent
 FILES = ("results.jsonl", "blind.jsonl", "costs.jsonl", "claims.json", "experiment.json", "table.md")
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def collect(source: Path, target: Path) -> None:
-    """Copy what is worth keeping, only the records of the last run, and put the table into the README."""
+    """Copy the files that are kept, only the results of the last run, and link the table in the README."""
     target.mkdir(exist_ok=True)
     for name in FILES:
         if (source / name).is_file():
@@ -55,10 +56,8 @@ def collect(source: Path, target: Path) -> None:
             print(f"{picture} has {picture.stat().st_size} bytes and is left out", file=sys.stderr)
     readme = target / "README.md"
     if readme.is_file():
-        table = (target / "table.md").read_text(encoding="utf-8")
-        table = re.sub(r"^# .*\n+", "", table)  # the README has a title of its own
         pictures = "".join(f"\n![{p.stem.replace('_', ' ')}]({p.name})\n" for p in sorted(target.glob("*.png")))
-        between(readme, RESULT, re.sub(r"^## ", "### ", table, flags=re.M).strip() + "\n" + pictures)
+        between(readme, RESULT, f"All numbers: [table.md](table.md).\n{pictures}")
 
 
 def write_claims(folder: Path) -> None:
@@ -66,22 +65,21 @@ def write_claims(folder: Path) -> None:
     judged = []
     for path in sorted(folder.glob("*/claims.json")):
         judged += json.loads(path.read_text(encoding="utf-8"))
-    rows = ["| " + " | ".join([*HEADS, "experiment"]) + " |", "|---|--:|--:|--:|---|---|"]
-    for claim, line in zip(judged, lines(judged), strict=True):
-        name = claim["experiment"]
-        rows.append(
-            "| " + " | ".join([*(cell.replace("|", "\\|") for cell in line), f"[{name}]({name}/README.md)"]) + " |"
-        )
+    shown = table(judged)
+    rows = ["| " + " | ".join([*shown.heads, "experiment"]) + " |", "|---|--:|--:|--:|---|---|"]
+    for claim, line in zip(judged, shown.lines, strict=True):
+        link = f"[{claim['experiment']}]({claim['experiment']}/README.md)"
+        rows.append("| " + " | ".join([*map(escape, line), link]) + " |")
     between(folder / "README.md", CLAIMS, "\n".join(rows) + "\n")
 
 
 def between(path: Path, mark: str, text: str) -> None:
-    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->`."""
-    found = path.read_text(encoding="utf-8")
+    """Replace the text between `<!-- mark -->` and `<!-- /mark -->`."""
+    page = path.read_text(encoding="utf-8")
     start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
-    if found.count(start) != 1 or found.count(end) != 1:
+    if page.count(start) != 1 or page.count(end) != 1:
         raise SystemExit(f"{path} must contain {start.strip()} and {end} once each")
-    before, rest = found.split(start)
+    before, rest = page.split(start)
     path.write_text(before + start + text + end + rest.split(end)[1], encoding="utf-8")
 
 

@@ -17,7 +17,9 @@ if [ ${#names[@]} -eq 0 ]; then
 fi
 for name in "${names[@]}"; do
   echo "== $name"
+  questions=""
+  if [ "$name" = ablation_groupsize ]; then questions="data.scenes=250"; fi # as the other experiments with claims
   # shellcheck disable=SC2086
-  "$python" -m ivtp.run "experiment=$name" "output=$output" ${ARGUMENTS:-} || { echo "$name failed" >&2; exit 1; }
+  "$python" -m ivtp.run "experiment=$name" "output=$output" $questions ${ARGUMENTS:-} || { echo "$name failed" >&2; exit 1; }
 done
 "$python" experiments/collect.py "$output" "${names[@]}"

@@ -10,19 +10,21 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load_model": "ivtp.models",
-    "prune": "ivtp.models",
-    "shape_of": "ivtp.models",
-    "patch_boxes": "ivtp.backbones.image_inputs",
+    "load_model": "ivtp.api",
+    "prune": "ivtp.api",
+    "shape_of": "ivtp.backbones",
+    "patch_boxes": "ivtp.backbones.loading.image_inputs",
     "load_pruner": "ivtp.pruners",
     "list_pruners": "ivtp.pruners",
     "register_pruner": "ivtp.pruners",
-    "Tokens": "ivtp.pruning.tokens",
-    "Selection": "ivtp.pruning.tokens",
-    "Attention": "ivtp.pruning.attention",
-    "Pruner": "ivtp.pruning.pruner",
-    "Plan": "ivtp.pruning.pruner",
-    "Cut": "ivtp.pruning.schedules",
+    "Tokens": "ivtp.core.tokens",
+    "Selection": "ivtp.core.tokens",
+    "Attention": "ivtp.core.attention",
+    "Pruner": "ivtp.pruners",
+    "Stage": "ivtp.core.plan",
+    "Plan": "ivtp.core.plan",
+    "Schedule": "ivtp.core.schedule",
+    "Cut": "ivtp.core.schedule",
 }
 __all__ = sorted(_PUBLIC)
 

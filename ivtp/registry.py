@@ -1,4 +1,4 @@
-"""Name → object, with a decorator to add and a helpful error when a name is missing."""
+"""Registry of functions by name, and the errors of the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T", bound=Callable)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """One line that says what is not known, what was probably meant, and what there is.
+    """One line that names an unknown name, the most similar known one, and all that are known.
 
     >>> unknown("pruner", "ivpt", ["fastv", "ivtp"])
     "unknown pruner 'ivpt'. Did you mean 'ivtp'? Known: fastv, ivtp"
@@ -36,54 +36,62 @@ class UnknownName(UserError):
     """A name that is not registered; the message lists what is."""
 
 
-class Registry:
-    """Functions by name. Names come from the function; entry points of `group` are found on first use.
+def check_choice(name: str, value: str, allowed: Iterable[str], about: str = "") -> None:
+    """Refuse a setting that is not one of its values."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}{about}")
 
-    A duplicate raises: two meanings of one name would make results incomparable.
+
+def check_range(name: str, value: float, low: float, high: float, about: str = "") -> None:
+    """Refuse a setting outside of its bounds."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} must be between {low} and {high}{about}")
+
+
+class Registry:
+    """Functions by name. Names come from the function; entry points of `group` are loaded on first use.
+
+    A duplicate name raises an error: two meanings of one name would make results incomparable.
     """
 
     def __init__(self, kind: str, group: str | None = None) -> None:
         self.kind, self.group = kind, group
-        self._found: dict[str, Callable] = {}
+        self._functions: dict[str, Callable] = {}
         self._loaded = group is None
 
     def register(self, function: T) -> T:
         """Decorator: add `function` under its own name."""
-        name = function.__name__
-        if self._found.get(name, function) is not function:
-            other = self._found[name].__module__
-            raise ValueError(f"{self.kind} {name!r} is already registered by {other}; choose another name")
-        self._found[name] = function
+        self._add(function.__name__, function)
         return function
 
+    def _add(self, name: str, function: Callable, source: str = "") -> None:
+        if self._functions.setdefault(name, function) is not function:
+            other = self._functions[name].__module__
+            raise ValueError(f"{self.kind} {name!r}{source} is already registered by {other}; choose another name")
+
     def _load(self) -> None:
-        if not self._loaded:
-            self._loaded = True
-            for point in entry_points(group=self.group):
-                try:
-                    found = point.load()
-                except (ImportError, AttributeError) as error:  # somebody else's package; the rest still works
-                    warnings.warn(f"{self.kind} {point.name!r} cannot be loaded: {error}", stacklevel=3)
-                    continue
-                if not callable(found):  # a module, which registers by decorator
-                    continue
-                if self._found.get(point.name, found) is not found:
-                    raise ValueError(
-                        f"{self.kind} {point.name!r} of the entry point {point.value} is already registered by "
-                        f"{self._found[point.name].__module__}; choose another name"
-                    )
-                self._found[point.name] = found
+        points = [] if self._loaded else entry_points(group=self.group or "")
+        self._loaded = True
+        for point in points:
+            try:
+                function = point.load()
+            except (ImportError, AttributeError) as error:  # somebody else's package; the rest still works
+                warnings.warn(f"{self.kind} {point.name!r} cannot be loaded: {error}", stacklevel=3)
+                continue
+            if callable(function):  # else it is a module, which registers by decorator
+                self._add(point.name, function, f" of the entry point {point.value}")
 
     def __getitem__(self, name: str) -> Callable:
         self._load()
-        if name not in self._found:
-            raise UnknownName(unknown(self.kind, name, self._found))
-        return self._found[name]
+        if name not in self._functions:
+            raise UnknownName(unknown(self.kind, name, self._functions))
+        return self._functions[name]
 
     def __contains__(self, name: object) -> bool:
         self._load()
-        return name in self._found
+        return name in self._functions
 
     def names(self) -> list[str]:
+        """All names, those of entry points included."""
         self._load()
-        return sorted(self._found)
+        return sorted(self._functions)

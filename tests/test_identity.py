@@ -13,10 +13,9 @@ from omegaconf import OmegaConf
 from test_encoders import clip_folder
 
 import ivtp
-from ivtp import build
-from ivtp.backbones.hub import Checkpoint
-from ivtp.encoders import load_encoder
-from ivtp.models import EMBEDDED
+from ivtp.backbones.loading.encoders import load_encoder
+from ivtp.backbones.loading.hub import EMBEDDED, Checkpoint
+from ivtp.experiment import planning as build
 from ivtp.pruners import PRUNERS
 
 
@@ -34,7 +33,7 @@ def own(tmp_path, monkeypatch):
         beside.write_text("SHARE = 0.5\n")
         file.write_text(f"{helper}\n\ndef theirs_unusual(shape, keep):\n    return beside.SHARE\n")
         monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.setattr(PRUNERS, "_found", dict(PRUNERS._found))
+        monkeypatch.setattr(PRUNERS, "_functions", dict(PRUNERS._functions))
         PRUNERS.register(importlib.import_module(name).theirs_unusual)
         return file, beside
 

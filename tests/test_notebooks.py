@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import nbformat
 import pytest
+from helpers.running import ROOT, environment
 from nbclient import NotebookClient
-from running import ROOT, environment
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 import pytest
 import yaml
-from running import ROOT, environment, lines
+from helpers.running import ROOT, environment, lines
 
 import ivtp
 
@@ -72,19 +72,19 @@ def test_the_wheel_runs_the_main_job_from_any_folder(site, tmp_path):
     done = python(site, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = lines(tmp_path / "outputs" / "ablation_groupsize" / "results.jsonl")
-    assert len(results) > 20
-    where = python(site, "-c", "import ivtp.config as c; print(c.FOLDER)", cwd=tmp_path)
+    assert len(results) == 13
+    where = python(site, "-c", "import ivtp.experiment.config as c; print(c.FOLDER)", cwd=tmp_path)
     assert where.stdout.strip() == str(site / "ivtp" / "configs")
 
 
 SOMEBODYS = '''
-from ivtp import Cut, Plan, Pruner
-from ivtp.pruning.scores import Chance
+from ivtp import Cut, Plan, Stage
+from ivtp.core.scores import Random
 
 
 def somebodys(shape, keep: int, layer: int = 0) -> Plan:
-    """Chance, after one layer."""
-    return Plan(vision=Pruner((Cut(layer, keep, "block"),), Chance(0)))
+    """Random choice, after one layer."""
+    return Plan(vision=Stage((Cut(layer, keep, "block"),), Random(0)))
 '''
 
 
@@ -118,6 +118,7 @@ def test_the_public_face_is_there():
         "register_pruner",
         "Tokens",
         "Pruner",
+        "Stage",
         "Cut",
         "Plan",
     ):

@@ -17,18 +17,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import close, make_text_encoder, settings_of, shake
+from core.test_cost import agree, counted
+from helpers.reference import dense_rollout, dense_value_norm, dinov2_states, heads_of, llava_logits
 from pruners.test_every_pruner import generate, remaining
-from pruning.test_cost import agree, counted
-from reference import dense_rollout, dense_value_norm, dinov2_states, heads_of, llava_logits
 
 import ivtp
+from ivtp.core.attention import Attention
+from ivtp.core.flops import cost
+from ivtp.core.plan import Plan, Stage
+from ivtp.core.reduces import Drop, Fuse, Merge
+from ivtp.core.scores import Layerwise, Rollout
+from ivtp.core.tokens import Tokens
 from ivtp.pruners import PRUNERS
-from ivtp.pruning.attention import Attention
-from ivtp.pruning.cost import cost
-from ivtp.pruning.pruner import Plan, Pruner
-from ivtp.pruning.reduces import drop, fuse, merge
-from ivtp.pruning.scores import Layerwise, Rollout
-from ivtp.pruning.tokens import Tokens
 
 FOLDER = Path(os.environ.get("IVTP_REAL") or Path(__file__).parent.parent / "outputs" / "real")
 LLAMA, VIT = FOLDER / "smollm2", FOLDER / "dinov2-small"
@@ -61,7 +61,7 @@ def tower():
     """The ViT for images of 140 pixels: 10 × 10 patches."""
     from transformers import Dinov2Model
 
-    from ivtp.backbones.dinov2_vit import resize
+    from ivtp.backbones.vision.transformers import resize
 
     model = Dinov2Model.from_pretrained(VIT).eval().requires_grad_(False)
     resize(model, SIDE)
@@ -141,7 +141,7 @@ def plan_of(name: str, keep: int = KEEP, **settings) -> Plan:
 
 def drops(plan: Plan | None) -> bool:
     sites = [] if plan is None else [site for site in (plan.vision, plan.language) if site is not None]
-    return bool(sites) and all(isinstance(site, Pruner) and site.reduce is drop for site in sites)
+    return bool(sites) and all(isinstance(site, Stage) and site.reduce == Drop() for site in sites)
 
 
 # The weights are what they are said to be
@@ -153,7 +153,7 @@ def test_the_vit_computes_what_its_onnx_graph_does():
     runtime = pytest.importorskip("onnxruntime", reason="pip install -r experiments/real/requirements.txt")
     from transformers import AutoImageProcessor
 
-    from ivtp.encoders import load_encoder
+    from ivtp.backbones.loading.encoders import load_encoder
 
     graph, states = onnx.load(str(FOLDER / "sources" / "dinov2-small.onnx")), "/backbone/layernorm/Add_1_output_0"
     graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(states))
@@ -283,7 +283,7 @@ def test_a_prompt_in_a_padded_batch_is_that_prompt_alone_at_the_cost_that_was_fo
         close(generate(model, alone(1), max_new_tokens=1)[1][0], together[1], TOLERANCE)
         for own, cut in zip([*run.trace.vision, *run.trace.language], batched, strict=True):
             assert torch.equal(own.position[0][own.valid[0]], cut.position[1][cut.valid[1]])
-    from ivtp.backbones.companions import guide_for
+    from ivtp.backbones.text.pairing import guide_for
 
     shape, encoder = ivtp.shape_of(model), guide_for(model).encoder
     text = alone(1)["input_ids"].shape[1] - PATCHES
@@ -311,9 +311,9 @@ class eager:
 
 def of_vision():
     """Stack, tokens, states before each layer, the model's own maps, and how a layer makes values, of the ViT."""
-    from reference import dinov2_linears
+    from helpers.reference import dinov2_linears
 
-    from ivtp.backbones.dinov2_vit import Dinov2Vit
+    from ivtp.backbones.vision.transformers import Dinov2Vit
 
     with eager(tower()) as model:
         out = model(pixels(), output_hidden_states=True, output_attentions=True)
@@ -325,7 +325,7 @@ def of_vision():
 
 def of_language():
     """The same of the Llama, with the last word as the reference token."""
-    from ivtp.backbones.llama import Llama
+    from ivtp.backbones.language.llama import Llama
 
     model, batch, caught = llava(), alone(0), []
     decoder = model.model.language_model
@@ -406,8 +406,8 @@ def attention_of(layer, x):
 def test_what_evit_fuses_is_the_weighed_sum_of_what_goes():
     plan, calls = ivtp.load_pruner("evit", ivtp.shape_of(tower()), keep=KEEP), []
     assert (
-        plan.vision.reduce is fuse
-        and ivtp.load_pruner("tome", ivtp.shape_of(tower()), keep=KEEP).vision.reduce is merge
+        plan.vision.reduce == Fuse()
+        and ivtp.load_pruner("tome", ivtp.shape_of(tower()), keep=KEEP).vision.reduce == Merge()
     )
     with ivtp.prune(tower(), spied(plan, calls)):
         tower()(pixels())

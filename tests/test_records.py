@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivtp import records
-from ivtp.records import RecordError
+from ivtp import results as records
+from ivtp.results import SCHEMA, RecordError, read_outcomes, read_results
 
 SCALARS = (
     st.none()
@@ -148,12 +150,67 @@ def test_a_fingerprint_sees_names_and_every_byte_of_large_files(tmp_path):
 
 
 def test_the_code_version_changes_with_the_code(tmp_path, monkeypatch):
-    import shutil
-    from pathlib import Path
-
     copy = shutil.copytree(Path(records.__file__).parent, tmp_path / "ivtp", ignore=shutil.ignore_patterns("assets"))
-    monkeypatch.setattr(records, "__file__", str(copy / "records.py"))
+    monkeypatch.setattr(records, "__file__", str(copy / "results.py"))
     first = records.code_version()
     assert records.code_version() == first
-    (copy / "pruning" / "scores.py").write_text("# other code\n")
+    (copy / "core" / "scores.py").write_text("# other code\n")
     assert records.code_version() != first
+
+
+# Schema -------------------------------------------------------------------------------------------------------------
+
+OLD = Path(__file__).parent / "schema"
+"""A line of results.jsonl and one of outcomes/ as they were before there were versions."""
+
+
+def test_lines_of_the_first_version_are_read_and_written_in_the_present_one(tmp_path):
+    path = tmp_path / "results.jsonl"
+    old = json.loads(Path(shutil.copy(OLD / "results_1.jsonl", path)).read_text())
+    ((result,), torn) = read_results(path)
+    assert torn == 0 and (result.label, result.tokens, result.cuts) == (old["label"], old["tokens"], old["cuts"])
+    assert result.drawable and result.failed is None and result.reference is None
+    new = {"early_accuracy": "acc_early", "hit_rate": "hit", "target_share": "share"}
+    for name in result.metrics:
+        assert result.metrics[name] == old["metrics"][new.get(name, name)]
+    records.replace(path, b"")
+    records.append_results(path, [result])
+    assert read_results(path) == ([result], 0)
+    line = json.loads(path.read_text())
+    assert line["schema"] == SCHEMA
+    assert {name: line[name] for name in old if name != "metrics"} == {n: v for n, v in old.items() if n != "metrics"}
+
+
+def test_outcomes_of_the_first_version_are_read(tmp_path):
+    path = tmp_path / "outcomes.jsonl"
+    old = json.loads(Path(shutil.copy(OLD / "outcomes_1.jsonl", path)).read_text())
+    (outcome,) = read_outcomes(path)
+    assert outcome == old
+    path.write_bytes(records.lines(records.with_schema([outcome])))
+    assert json.loads(path.read_text())["schema"] == SCHEMA and read_outcomes(path) == [outcome]
+
+
+@pytest.mark.parametrize("read", [read_results, read_outcomes])
+def test_a_file_of_a_newer_version_is_refused_in_one_line(tmp_path, read):
+    path = tmp_path / "rows.jsonl"
+    records.append(path, [{"schema": SCHEMA + 1, "label": "x"}])
+    with pytest.raises(RecordError, match=r"rows\.jsonl has schema version 3, but this ivtp reads at most 2") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_stored_is_the_plan(tmp_path):
+    from ivtp.core.plan import Plan
+    from ivtp.experiment.planning import Planned
+
+    line = Planned(label="x", plan=Plan(), planner=Plan(), cost=None).line()
+    assert not {"plan", "planner", "cost", "failed"} & set(line) and line["paper"] is None
+
+
+def test_the_results_that_are_committed_are_read():
+    folder = Path(__file__).parent.parent / "experiments"
+    paths = sorted(folder.glob("*/results.jsonl"))
+    assert len(paths) > 10
+    for path in paths:
+        results, torn = read_results(path)
+        assert torn == 0 and all("hit_rate" in result.metrics and result.label for result in results)

@@ -1,13 +1,17 @@
 """Names: no two meanings, helpful errors, and pruners from other packages."""
 
+import shutil
 import subprocess
 import sys
 import textwrap
 
 import pytest
 from conftest import make_clip
+from helpers.running import ROOT, environment
 
 import ivtp
+from ivtp.core.choices import CutSizes, Score
+from ivtp.core.scores import Layerwise
 from ivtp.registry import Registry, UnknownName
 
 
@@ -43,11 +47,11 @@ def test_a_budget_that_is_no_number_of_tokens_is_refused(keep):
 
 
 MODULE = """
-from ivtp import Cut, Plan, Pruner, register_pruner
+from ivtp import Cut, Plan, Stage, register_pruner
 
 @register_pruner
 def first_patches(shape, keep: int):
-    return Plan(vision=Pruner((Cut(0, keep),), lambda seen, tokens: -tokens.of_visual(tokens.position).float()))
+    return Plan(vision=Stage((Cut(0, keep),), lambda seen, tokens: -tokens.of_visual(tokens.position).float()))
 
 def none(shape):
     return Plan()
@@ -85,7 +89,7 @@ def test_a_pruner_in_a_third_party_wheel_is_found(tmp_path, entry):
         import ivtp
         names = ivtp.list_pruners()
         assert "first_patches" in names and "topk" in names and "anything" not in names, names
-        from ivtp.pruning.cost import Layers, Shape
+        from ivtp.core.flops import Layers, Shape
         plan = ivtp.load_pruner("first_patches", Shape(Layers(2, 8, 8, 1, 1, 8, 2), 9, 3), keep=4)
         assert plan.vision.schedule[0].keep == 4
         """,
@@ -104,3 +108,131 @@ def test_a_broken_package_does_not_take_the_others_down(tmp_path):
     assert done.returncode == 0
     assert "topk" in done.stdout
     assert "'lost' cannot be loaded" in done.stderr
+
+
+ONE_FILE = """
+from ivtp.core.flops import Shape
+from ivtp.core.plan import Plan, Stage
+from ivtp.core.schedule import Cut
+from ivtp.core.scores import Random
+from ivtp.pruners import register_pruner
+
+
+@register_pruner
+def early(shape: Shape, keep: int, layer: int = 1, seed: int = 0) -> Plan:
+    \"\"\"Random choice once, early in the ViT.\"\"\"
+    return Plan(vision=Stage((Cut(layer, keep),), Random(seed)))
+"""
+
+
+@pytest.fixture(scope="module")
+def with_one_file_more(tmp_path_factory):
+    """Run code in a copy of the package, its configs and its docs, with one file more in `ivtp/pruners`."""
+    copy = tmp_path_factory.mktemp("copy")
+    for folder in ("ivtp", "configs", "docs/_extensions"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    (copy / "ivtp" / "assets").symlink_to(ROOT / "ivtp" / "assets", target_is_directory=True)
+    (copy / "ivtp" / "pruners" / "early.py").write_text(ONE_FILE)
+
+    def run(*arguments: str) -> str:
+        paths = f"{copy}:{copy / 'docs' / '_extensions'}:{environment().get('PYTHONPATH', '')}"
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment(PYTHONPATH=paths), capture_output=True, text=True, cwd=copy
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_a_pruner_is_one_file_for_help_and_config(with_one_file_more):
+    assert "early                Random choice once, early in the ViT." in with_one_file_more(
+        "-m", "ivtp.run", "--help"
+    )
+    code = """
+        from ivtp.experiment.config import load_config
+        config = load_config(["pruner=early", "pruner.layer=3", "seed=5"])
+        print(dict(config.pruner))
+        """
+    assert with_one_file_more("-c", textwrap.dedent(code)).strip() == "{'name': 'early', 'layer': 3, 'seed': 5}"
+
+
+def test_a_pruner_is_one_file_for_the_zoo(with_one_file_more):
+    """Its rows are planned, at the same tokens and at the same cost as the others."""
+    code = """
+        from ivtp.experiment.config import load_config, variants
+        from ivtp.experiment.planning import build_shape, plan_rows
+        config = load_config(["experiment=zoo", "debug=limit"])
+        rows = plan_rows(list(variants(config)), build_shape(config), 9, 9)
+        print(*(row.label for row in rows if row.pruner["name"] == "early"), sep="; ")
+        """
+    labels = with_one_file_more("-c", textwrap.dedent(code)).strip().split("; ")
+    assert labels == [
+        *("early 1/9", "early 2/9", "early 1/3"),
+        *("early as fastv 1/9", "early as fastv 2/9", "early as fastv 1/3"),
+    ]
+
+
+def test_a_pruner_is_one_file_for_the_page_of_methods(with_one_file_more):
+    pytest.importorskip("sphinx")
+    lines = with_one_file_more("-c", "import methods; print(*methods.Methods.table(), sep='\\n')").splitlines()
+    (line,) = [number for number, line in enumerate(lines) if "early" in line and "py:func" in line]
+    assert lines[line + 1 : line + 3] == ["     - Random choice once, early in the ViT.", "     - vision tower"]
+
+
+SIZES = CutSizes(group=3, n=10, v=9, keep=4, references=1, heads=2, kv_heads=2, head_width=4, width=8)
+
+
+class Declared:
+    """A score of a user's own that declares some capabilities and inherits nothing."""
+
+    needs = "last"
+    asks_data = "it looks at its scores"
+
+    def __call__(self, attentions, tokens):
+        return None
+
+    def flops(self, sizes):
+        return sizes.n
+
+
+def test_a_choice_of_ones_own_declares_as_much_as_it_likes():
+    """A plain function, an object with some attributes, a class that inherits: all have all capabilities in a stage."""
+    cuts = (ivtp.Cut(2, 4),)
+    plain = ivtp.Stage(cuts, lambda attentions, tokens: None, metric=lambda attentions, tokens: None)
+    assert (plain.needs, plain.metric.needs, plain.asks_data, plain.score.flops(SIZES)) == ("group", "last", None, 0)
+    own = ivtp.Stage(cuts, Declared())
+    assert (own.needs, own.reads_state, own.asks_data, own.score.flops(SIZES)) == (
+        "last",
+        False,
+        Declared.asks_data,
+        10,
+    )
+
+    class Inherits(Score):
+        reads_target = True
+
+        def __call__(self, attentions, tokens):
+            return None
+
+    inherits = ivtp.Stage(cuts, Inherits())
+    assert (inherits.needs, inherits.reads_target, inherits.score.flops(SIZES)) == ("group", True, 0)
+    score = Layerwise()
+    assert ivtp.Stage(cuts, score).score is score
+    call = Declared()
+    assert ivtp.Stage(cuts, call) == ivtp.Stage(ivtp.Schedule(cuts), call)
+
+
+def test_old_names_say_what_they_are_called_now():
+    with pytest.raises(TypeError, match=r"ivtp\.Pruner.* is called ivtp\.Stage now") as error:
+        ivtp.Pruner(schedule=(ivtp.Cut(2, 4),))
+    assert "\n" not in str(error.value)
+    with pytest.warns(DeprecationWarning, match="target_first"):
+        old = ivtp.load_pruner("ivtp", shape(), keep=4, language_score="asked")
+    assert old == ivtp.load_pruner("ivtp", shape(), keep=4, language_score="target_first")
+
+
+def shape():
+    from ivtp.core.flops import Layers, Shape
+
+    return Shape(Layers(12, 8, 8, 1, 1, 8, 2), 9, 3, language=Layers(12, 8, 8, 1, 1, 8, 3))

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.running import environment, lines, outcomes, run, spawn
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from running import environment, lines, outcomes, run, spawn
 
-from ivtp import records
-from ivtp.command import command
-from ivtp.console import PlainConsole
-from ivtp.progress import progress
+from ivtp import results as records
+from ivtp.cli.command import command
+from ivtp.evaluation.progress import RowProgress
 from ivtp.registry import UserError
-from ivtp.report.figures import plain, plt, save
+from ivtp.report.console import PlainConsole
+from ivtp.report.plots import plain, plt, save
 from ivtp.report.tables import escape
 from ivtp.text import one_line, printable, shortened
 
@@ -124,8 +124,10 @@ def test_the_terminal_gets_text(text, terminal):
     table.add_column(text)
     table.add_row(text)
     console.print(table)
-    with progress(console, text, 2, 0) as tell:
-        tell(1)
+    bar = RowProgress(console, text, 2, 0)
+    bar.on_test_start(None, None)
+    bar.on_test_batch_end(None, None, {"outcomes": [{}]}, None, 0)
+    bar.on_test_end(None, None)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", out.getvalue())  # what rich itself draws with
     assert raw(shown) == []
     assert shown.count(one_line(text)) >= 5
@@ -210,7 +212,7 @@ def test_a_run_over_such_data_ends_well_and_obeys_none_of_it(nasty):
 
 def test_worse_texts_in_records_and_answers_do_nothing(nasty, tmp_path, capfd):
     """Of a model that answers anything, of labels and classes: the report is written from them alone."""
-    from ivtp.report.__main__ import main
+    from ivtp.cli.report import main
 
     folder = shutil.copytree(nasty[0], tmp_path / "copy")
     rows = lines(folder / "results.jsonl")

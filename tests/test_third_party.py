@@ -10,7 +10,7 @@ import sysconfig
 import venv
 
 import pytest
-from running import ROOT, environment, lines, one_line
+from helpers.running import ROOT, environment, lines, one_line
 
 TEMPLATE = ROOT / "tests" / "template_pruner"
 
@@ -78,9 +78,7 @@ def test_its_row_is_in_the_table(python, tmp_path):
 def test_it_is_listed_with_its_docstring_and_its_defaults_hold(python, tmp_path):
     helped = run(python, "-m", "ivtp.run", "--help", cwd=tmp_path)
     assert "Unusual keys stay: one cut" in helped.stdout
-    code = (
-        "from ivtp.config import pruner_defaults as d; import ivtp_unusual; print(d('unusual'), ivtp_unusual.__file__)"
-    )
+    code = "from ivtp.experiment import config; import ivtp_unusual as u; print(config.pruner_defaults('unusual'), u.__file__)"
     shown = run(python, "-c", code, cwd=tmp_path).stdout
     assert "{'name': 'unusual', 'layer': 6}" in shown and str(python.parent.parent) in shown
 

@@ -10,8 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from helpers.running import environment, lines, run, spawn
 from PIL import Image
-from running import environment, lines, run, spawn
 
 ROWS = "variants=[{label: unpruned, pruner: none}, {label: ours, section: a section}]"
 QUICK = ("debug=limit", "data.limit=5", "logger.samples=2")
@@ -169,7 +169,7 @@ def test_logger_none_writes_nothing_of_wandb(tmp_path):
 
 
 def test_the_mode_is_what_the_environment_says_else_offline_without_a_login(monkeypatch, tmp_path):
-    from ivtp.report.wandb_run import mode
+    from ivtp.report.wandb import mode
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert mode() == "disabled"

@@ -5,7 +5,7 @@ from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-from ivtp.config import FOLDER, options
+from ivtp.experiment.config import FOLDER, options
 
 
 class ConfigOptions(SphinxDirective):

@@ -12,7 +12,7 @@ PATTERNS = (
     "experiments/*/*.jpg",
     "experiments/speed/*.jsonl",
 )
-LEFT_OUT = ("table.md", "card.md")  # table.md is a part of README.md, card.md a template
+LEFT_OUT = ("card.md",)  # a template
 
 
 def copy(app) -> None:

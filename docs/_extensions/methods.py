@@ -5,7 +5,6 @@
 """
 
 import inspect
-import re
 
 from docstrings import inline
 from docutils import nodes
@@ -14,8 +13,8 @@ from sphinx.util.docutils import SphinxDirective
 from transformers import LlavaConfig
 
 import ivtp
-from ivtp.pruners import PRUNERS
-from ivtp.pruning.cost import cost
+from ivtp.core.flops import cost
+from ivtp.pruners import PRUNERS, shipped_pruners, summary
 
 SHAPE = ivtp.shape_of(LlavaConfig())  # transformers' defaults are the sizes of LLaVA-1.5-7B
 KEEP, TEXT = 64, 512
@@ -27,29 +26,8 @@ def plan(name: str) -> ivtp.Plan:
     return ivtp.load_pruner(name, SHAPE, **keep)
 
 
-def site(name: str) -> str:
-    """Where a method prunes, a key of SITES."""
-    of = plan(name)
-    if of.image:
-        return "image"
-    if of.vision and of.language:
-        return "both"
-    return "vision" if of.vision else "language" if of.language else "none"
-
-
-def own() -> list[str]:
-    """The pruners of this package, without those of other installed packages."""
-    return [name for name in ivtp.list_pruners() if PRUNERS[name].__module__.startswith("ivtp.")]
-
-
 def path(name: str) -> str:
     return f"{PRUNERS[name].__module__}.{PRUNERS[name].__qualname__}"
-
-
-def summary(name: str) -> str:
-    """The first sentence of a method's docstring."""
-    paragraph = inspect.getdoc(PRUNERS[name]).split("\n\n")[0]
-    return re.split(r"(?<=\w{3}\.)\s(?=[A-Z`])", " ".join(paragraph.split()))[0]
 
 
 class Methods(SphinxDirective):
@@ -60,7 +38,7 @@ class Methods(SphinxDirective):
         if wanted == "table":
             lines = self.table()
         elif wanted in SITES:
-            names = [name for name in own() if site(name) == wanted]
+            names = [name for name in shipped_pruners() if plan(name).site == wanted]
             lines = [line for name in names for line in (f".. autofunction:: {path(name)}", "")]
         else:
             raise self.error(f"methods:: {wanted} is not one of table, {', '.join(SITES)}")
@@ -72,10 +50,15 @@ class Methods(SphinxDirective):
     def table() -> list[str]:
         lines = [".. list-table::", "   :header-rows: 1", ""]
         rows = [("name", "method", "prunes in", "TFLOPs")]
-        for name in own():
+        for name in shipped_pruners():
             link = f":py:func:`{name} <{path(name)}>`"
             rows.append(
-                (link, inline(summary(name)), SITES[site(name)], f"{cost(SHAPE, plan(name), TEXT).total / 1e12:.2f}")
+                (
+                    link,
+                    inline(summary(name)),
+                    SITES[plan(name).site],
+                    f"{cost(SHAPE, plan(name), TEXT).total / 1e12:.2f}",
+                )
             )
         for row in rows:
             lines += [f"   {' ' if column else '*'} - {cell}" for column, cell in enumerate(row)]

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, LlavaForConditionalGeneration, LlavaProcessor
 
 from experiments.scenes2 import cache, models, stage_a, stage_b
+from ivtp.backbones.loading.hub import EMBEDDED
 from ivtp.data.scenes2 import FAMILIES, Scenes2, data_hash
 from ivtp.evaluation.statistics import mean_error
-from ivtp.models import EMBEDDED
 
 MODES = {"all": "all tokens", "random": "random 1/9", "oracle": "asked object first, 1/9", "shuffled": "another image"}
 SCENES = {"test": 1000, "style": 500, "wild": 500}

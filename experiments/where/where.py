@@ -12,11 +12,10 @@ from pathlib import Path
 
 import matplotlib
 
-from ivtp import records
 from ivtp.data.failures import answered
 from ivtp.evaluation.statistics import compare
-from ivtp.report.__main__ import finished
 from ivtp.report.claims import together
+from ivtp.results import finished, read_outcomes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,27 +24,25 @@ HERE = Path(__file__).parent
 
 
 def groups(outcome: dict) -> list[str]:
-    """What a question counts for: its family and its levels of difficulty."""
+    """Groups of a question: its family and its levels of difficulty."""
     return [outcome["family"], *(f"{name}: {level}" for name, level in sorted(outcome.get("difficulty", {}).items()))]
 
 
 def differences(folder: Path) -> tuple[str, dict[str, dict[str, dict]]]:
     """Name of the compared row, and {other row: {group: n, difference and interval}}."""
-    rows, about = finished(folder)
-    found = {row["label"]: answered(records.read(folder / "outcomes" / f"{row['key']}.jsonl")[0]) for row in rows}
-    rows, found = together(rows, found)
+    results, about = finished(folder)
+    outcomes = {r.label: answered(read_outcomes(folder / "outcomes" / f"{r.key}.jsonl")) for r in results}
+    results, outcomes = together(results, outcomes)
     ours = about["compare_to"]
-    names = sorted({name for outcome in found[ours] for name in groups(outcome)}, key=lambda name: (": " in name, name))
-    result: dict[str, dict[str, dict]] = {}
-    for row in rows[1:]:
-        if row["label"] == ours:
-            continue
-        result[row["label"]] = {}
-        for name in names:
-            pair = ([o for o in found[label] if name in groups(o)] for label in (ours, row["label"]))
+    names = {name for outcome in outcomes[ours] for name in groups(outcome)}
+    against: dict[str, dict[str, dict]] = {}
+    for other in (result.label for result in results[1:] if result.label != ours):
+        against[other] = {}
+        for name in sorted(names, key=lambda name: (": " in name, name)):
+            pair = ([o for o in outcomes[label] if name in groups(o)] for label in (ours, other))
             compared = compare(*pair)
-            result[row["label"]][name] = {key: compared[key] for key in ("n", "difference", "interval")}
-    return ours, result
+            against[other][name] = {key: compared[key] for key in ("n", "difference", "interval")}
+    return ours, against
 
 
 def draw(ours: str, result: dict[str, dict[str, dict]], path: Path) -> None:

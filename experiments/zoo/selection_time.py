@@ -12,11 +12,11 @@ from torch import nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from ivtp.core.attention import Attention
+from ivtp.core.flops import Layers, Shape
+from ivtp.core.reduces import Merge
+from ivtp.core.tokens import Tokens
 from ivtp.pruners import list_pruners, load_pruner
-from ivtp.pruning.attention import Attention
-from ivtp.pruning.cost import Layers, Shape
-from ivtp.pruning.reduces import merge
-from ivtp.pruning.tokens import Tokens
 
 TOKENS, KEEP, REPEATS = 2880, 320, 5
 # A grid of 48 x 60 patches stands for the crops together.
@@ -52,7 +52,7 @@ def selection(site: str, pruner) -> float:
     n = tokens.x.shape[1]
     seen = [Attention(*torch.randn(3, 1, stack.heads, n, stack.head_width).unbind(0), stack.head_width**-0.5)]
     scores = torch.rand(1, TOKENS)
-    keep = TOKENS // 2 if pruner.reduce is merge else KEEP  # a step of ToMe can halve the tokens at most
+    keep = TOKENS // 2 if pruner.reduce == Merge() else KEEP  # a step of ToMe can halve the tokens at most
 
     def work() -> None:
         metric = None if pruner.metric is None else pruner.metric(seen, tokens)

@@ -1,1 +1,1 @@
-"""Data sets that ship with the package."""
+"""Data sets, their samples and batches."""

@@ -1,18 +1,18 @@
-"""Samples that cannot be evaluated: which errors are a sample's own, and what is recorded of them.
+"""Samples that cannot be evaluated: errors of single samples, and their record.
 
-A sample's own error is recorded in place of its answer, and the run goes on. Everything else ends the run: what the user
-asked for and cannot have (UserError), and errors of the program itself (PROGRAMMING), which must not be hidden.
+The error of a sample is recorded in place of its answer, and the run goes on. All other errors end the run: requests that
+cannot be met (UserError), and errors of the program itself (PROGRAMMING), which must not be hidden.
 """
 
-from __future__ import annotations
-
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
-from ivtp.data.errors import DataError
+from ivtp.data.outcomes import Outcome
 from ivtp.registry import UserError
 from ivtp.text import one_line, shortened
 
@@ -27,13 +27,18 @@ MEMORY = "out of memory"
 NOT_FINITE = "not finite"
 
 
+class DataError(UserError):
+    """Sample or data set that cannot be used; the message names it."""
+
+
 @dataclass(frozen=True)
 class Failed:
-    """A sample without a result.
+    """Sample without a result.
 
     sample  its texts: id, question, answer, family; image_id where it is known
-    cause   one of the above, by which failures are counted
-    reason  the error in one line; where: the file and line that raised it
+    cause   one of the constants above, by which failures are counted
+    reason  the error in one line
+    where   file and line that raised the error
     """
 
     sample: dict
@@ -41,8 +46,8 @@ class Failed:
     reason: str
     where: str | None = None
 
-    def outcome(self, prediction: str | None = None) -> dict:
-        """The outcome in place of an answer: the fields of one, all unknown, and `failed`, `cause`, `where`."""
+    def outcome(self, prediction: str | None = None) -> Outcome:
+        """Outcome of the sample: the fields of an answered one, all unknown, and `failed`, `cause`, `where`."""
         sample = self.sample
         unknown = ("correct", "early", "early_correct", "kept", "hit", "share", "words")
         return {
@@ -59,62 +64,73 @@ class Failed:
         }
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, with the error's type unless it is a UserError."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, UserError):
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def own(error: BaseException) -> bool:
-    """Whether an error is about the sample that was worked on."""
+    """True for an error of the sample in work, False for one that must end the run."""
     if isinstance(error, UserError):
         return isinstance(error, DataError)
     return isinstance(error, Exception) and not isinstance(error, PROGRAMMING)
 
 
 def failure(sample: dict, error: BaseException, cause: str) -> Failed:
-    """The failure that an error of a sample's own is recorded as; any other error is raised again."""
+    """Turn an error of a sample into its failure; raise any other error again."""
     if not own(error):
         raise error
-    said = str(error).removeprefix(f"sample {sample['id']!r}: ")  # it stands beside its name
-    said = shortened(one_line(" ".join(said.split())), 400)
+    message = str(error).removeprefix(f"sample {sample['id']!r}: ")  # the record names the sample
+    message = shortened(one_line(" ".join(message.split())), 400)
     name = type(error).__name__
-    reason = said if isinstance(error, ValueError) and said else f"{name}: {said}" if said else name
+    reason = message if isinstance(error, ValueError) and message else f"{name}: {message}" if message else name
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)] or frames
     where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else None
     return Failed(sample, cause, reason, where)
 
 
-def texts(data: Dataset, place: int) -> dict:
-    """The texts of a sample whose images may be unreadable, by the data set's own `texts(place)` or `sketch(place)`."""
+def texts(data: Any, index: int) -> dict:
+    """Texts of a sample whose images may be unreadable, by the data set's own `texts(index)` or `sketch(index)`."""
     while isinstance(data, Subset):
-        data, place = data.dataset, data.indices[place]
-    known = {"id": f"sample {place}", "question": "", "answer": "", "family": "all"}
-    if hasattr(data, "texts"):
-        return known | data.texts(place)
-    return known | (data.sketch(place)[0] if hasattr(data, "sketch") else {})
+        data, index = data.dataset, data.indices[index]
+    known = {"id": f"sample {index}", "question": "", "answer": "", "family": "all"}
+    if texts_of := getattr(data, "texts", None):
+        return known | texts_of(index)
+    sketch = getattr(data, "sketch", None)
+    return known | (sketch(index)[0] if sketch else {})
 
 
-def read(data: Dataset, place: int) -> dict | Failed:
-    """One sample, or why it cannot be read."""
+def read(data: Any, index: int) -> dict | Failed:
+    """Read one sample; return its failure if that is impossible."""
     try:
-        return data[place]
+        return data[index]
     except Exception as error:
-        return failure(texts(data, place), error, READING)
+        return failure(texts(data, index), error, READING)
 
 
+@dataclass(eq=False)
 class Readable(Dataset):
-    """The samples of some places, and in place of those that cannot be read `Failed`."""
+    """Samples at some indices of a data set, with `Failed` in place of those that cannot be read."""
 
-    def __init__(self, data: Dataset, places: list[int] | range) -> None:
-        self.data, self.places = data, places
+    data: Any
+    indices: Sequence[int]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
-    def __getitem__(self, number: int) -> dict | Failed:
-        return read(self.data, self.places[number])
+    def __getitem__(self, index: int) -> dict | Failed:
+        return read(self.data, self.indices[index])
 
 
-def answered(outcomes: list[dict]) -> list[dict]:
-    """The outcomes of samples that did not fail: all numbers are about them."""
+def answered(outcomes: list[Outcome]) -> list[Outcome]:
+    """Outcomes of samples that did not fail: the basis of all numbers."""
     return [outcome for outcome in outcomes if "failed" not in outcome]
 
 
-def failures(outcomes: list[dict]) -> list[dict]:
+def failures(outcomes: list[Outcome]) -> list[Outcome]:
+    """Outcomes of samples that failed."""
     return [outcome for outcome in outcomes if "failed" in outcome]

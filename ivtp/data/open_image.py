@@ -1,6 +1,4 @@
-"""Open image files as 8-bit RGB: the one rule by which every data set reads its images."""
-
-from __future__ import annotations
+"""Open image files as 8-bit RGB, by one rule for all data sets."""
 
 import os
 import stat
@@ -12,23 +10,25 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from ivtp.data.errors import first_line
+from ivtp.data.failures import first_line
 from ivtp.registry import UserError
 
 MAX_ASPECT = 200
-"""The longer side over the shorter one. Qwen's processors refuse more; CLIP's, which scale the shorter side to theirs,
-would need gigabytes for one image."""
+"""Largest ratio of the longer side to the shorter one. Qwen's processors refuse more; CLIP's, which scale the shorter side to
+theirs, would need gigabytes for one image."""
 DEEP = ("I", "F")
 """Pillow modes with more than 8 bits per pixel, by their first character ("I;16", "I;16B", …)."""
 
 
 class ImageError(UserError):
-    """An image that cannot be read; the message says why, without the image's name."""
+    """Image that cannot be read; the message gives the reason without the image's name."""
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """Raise ImageError unless `path`, after symbolic links, is a regular file. Opening a FIFO would wait for ever, and
-    opening a device may act on it."""
+    """Raise ImageError unless `path`, after symbolic links, is a regular file.
+
+    Opening a FIFO would wait for ever, and opening a device may act on it.
+    """
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -40,15 +40,15 @@ def check_regular(path: str | os.PathLike) -> None:
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """An image file as RGB (see `to_rgb`); of an animation or a document the first frame.
+    """Open an image file as RGB (see `to_rgb`); an animation or document gives its first frame.
 
-    Raises ImageError for whatever is no regular file, is damaged, or has more than 2 × `PIL.Image.MAX_IMAGE_PIXELS`
-    pixels (179 million). PostScript is refused: Pillow would hand the file to Ghostscript, which runs it.
+    Raises ImageError for anything but a regular file, for a damaged one, and for more than 2 × `PIL.Image.MAX_IMAGE_PIXELS`
+    pixels (179 million). PostScript is refused: Pillow would pass the file to Ghostscript, which executes it.
     """
     check_regular(path)
     try:
         # Pillow warns from half its limit on, and of damaged metadata; neither is a reason to refuse an image. lmms-eval,
-        # once imported, lets it fill up with grey what is missing of one.
+        # once imported, makes Pillow fill the missing part of a truncated image with grey.
         whole = patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
         with warnings.catch_warnings(action="ignore"), whole, Image.open(path, formats=_formats()) as image:
             return to_rgb(image)
@@ -59,23 +59,22 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Width and height of the image that `open_image` makes of a file, from its header; None where it has none."""
+    """Width and height of the image that `open_image` returns, read from the file's header; None without one."""
     try:
         check_regular(path)
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
             # Pillow itself turns TIFF.
             turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
-    except Exception:  # as above; the sample says what is wrong when it is read
+            return (image.height, image.width) if turned else image.size
+    except Exception:  # as above; reading the sample reports the error
         return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as 8-bit RGB, as a viewer shows it.
+    """Convert an image to 8-bit RGB, as a viewer shows it.
 
-    It is rotated as its EXIF orientation says (in place). Transparent parts are composited on white: the colours below
-    them are undefined, and often black or noise. Deeper pixels are scaled (see `eight_bit`), other colour spaces
-    converted.
+    EXIF orientation is applied (in place). Transparent parts are composited on white: the colours below them are undefined,
+    and often black or noise. Deeper pixels are scaled (see `eight_bit`), other colour spaces converted.
     Raises ImageError for a side more than `MAX_ASPECT` times the other.
     """
     longer, shorter = max(image.size), min(image.size)
@@ -96,7 +95,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """A greyscale image of 16 or 32 bits or of floats as 8 bits (mode "L"). Pillow's own conversion clips to 0–255.
+    """Convert a greyscale image of 16 or 32 bits or of floats to 8 bits (mode "L"); Pillow's own conversion clips to 0–255.
 
     16-bit values are divided by 257. For 32-bit integers and floats, white is the first of 1 (floats only), 255 and 65535
     that no value exceeds; values beyond, or negative ones, are scaled from minimum to maximum. NaN becomes black.

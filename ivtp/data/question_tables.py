@@ -1,7 +1,5 @@
 """Read the table of a folder of questions: JSON lines, a JSON list, CSV or parquet, one row per question."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io
@@ -11,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ivtp.data.errors import DataError
+from ivtp.data.failures import DataError
 from ivtp.data.open_image import ImageError, check_regular
 
 COLUMNS = ("id", "image", "images", "question", "answer", "answers", "family", "patches")
@@ -19,18 +17,18 @@ LISTS = ("images", "answers", "patches")
 
 
 def read_table(folder: Path) -> Iterator[tuple[str, dict]]:
-    """(file and line, row) of the one table in a folder. Raises DataError for no table, several, or a damaged one.
+    """Read the one table in a folder as (file and line, row); raises DataError for no table, several, or a damaged one.
 
     In CSV and parquet an empty cell is None. In CSV lists are written as JSON.
     """
-    found = [folder / name for name in READERS if os.path.exists(folder / name)]
-    if not found:
+    tables = [folder / name for name in READERS if os.path.exists(folder / name)]
+    if not tables:
         raise DataError(
             f"{folder} holds none of {', '.join(READERS)}; data.path must be a folder with one of them and its images"
         )
-    if len(found) > 1:
-        raise DataError(f"{folder} holds {' and '.join(path.name for path in found)}; keep one of them")
-    (table,) = found
+    if len(tables) > 1:
+        raise DataError(f"{folder} holds {' and '.join(path.name for path in tables)}; keep one of them")
+    (table,) = tables
     try:
         check_regular(table)
         yield from READERS[table.name](table)
@@ -56,7 +54,7 @@ def _json(text: str, where: str) -> object:
         return json.loads(text, parse_constant=_no_constant)
     except RecursionError:
         raise DataError(f"{where}: not JSON that can be read (nested too deeply)") from None
-    except ValueError as error:  # also of a number with thousands of digits
+    except ValueError as error:  # also for a number with thousands of digits
         raise DataError(f"{where}: not JSON ({error})") from error
 
 
@@ -88,7 +86,7 @@ def _object(row: object, where: str) -> dict:
 
 def _csv(table: Path) -> Iterator[tuple[str, dict]]:
     reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True, skipinitialspace=True)
-    limit = csv.field_size_limit(sys.maxsize)  # a long question is its own error, not that of the table
+    limit = csv.field_size_limit(sys.maxsize)  # a long question is refused as a question, not as a damaged table
     try:
         _check_columns(table, [name.strip() for name in reader.fieldnames or []])
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
@@ -96,10 +94,10 @@ def _csv(table: Path) -> Iterator[tuple[str, dict]]:
             where = f"{table}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise DataError(f"{where}: has not the {len(reader.fieldnames)} cells of the first line")
-            row = {name: row[name] or None for name in COLUMNS if name in row}
+            row: dict = {name: row[name] or None for name in COLUMNS if name in row}
             for name in LISTS:
-                if row.get(name) is not None:
-                    row[name] = _json(row[name], f"{where}, column {name!r}")
+                if cell := row.get(name):
+                    row[name] = _json(cell, f"{where}, column {name!r}")
             yield where, row
     except csv.Error as error:
         raise DataError(f"{table}, line {reader.line_num}: not CSV ({error})") from error

@@ -1,6 +1,4 @@
-"""Your own questions: a folder with a table of questions and their images."""
-
-from __future__ import annotations
+"""Questions of your own: a folder with a table of questions and their images."""
 
 import hashlib
 import math
@@ -13,15 +11,13 @@ import torch
 from torch.utils.data import Dataset
 
 from ivtp.data.answers import ANNOTATORS, Scorer
-from ivtp.data.errors import DataError
+from ivtp.data.failures import DataError
 from ivtp.data.open_image import ImageError, check_regular, image_size, open_image
 from ivtp.data.question_tables import read_table
 
-__all__ = ["DataError", "Questions"]
-
 
 class Questions(Dataset):
-    """A folder with `questions.jsonl` (or `.json`, `.csv`, `.parquet`; see `read_table`), one row per question.
+    """Folder with `questions.jsonl` (or `.json`, `.csv`, `.parquet`; see `read_table`), one row per question.
 
     id        a text or number, unique
     image     path of an image inside the folder; symbolic links in the folder are followed, wherever they lead. Or
@@ -30,9 +26,9 @@ class Questions(Dataset):
     answer    the accepted answer, a text or number. Or
     answers   a list of them, or of objects with "answer", as in VQAv2. Neither: answers are recorded, but not scored
     family    of questions that accuracy is also given for
-    patches   indices of the patches of the one image that show what is asked about
+    patches   target patches: indices of the patches of the one image that show the answer
 
-    match, answers  how an answer is scored: see `Scorer`
+    match, answers  of the scorer: see `Scorer`
     Items have the fields of `Scenes2`; of several answers or none also `answers`, and of `images` those in place of
     `image`. Raises DataError: of the table when it is read, naming the line; of an image when it is opened, naming the
     sample.
@@ -40,7 +36,7 @@ class Questions(Dataset):
 
     def __init__(self, path: str | Path, patch_count: int = 0, match: str = "exact", answers: str = "any") -> None:
         self.folder, self.patch_count = Path(path), patch_count
-        self.judge = Scorer(match, answers)
+        self.scorer = Scorer(match, answers)
         self.rows: list[dict] = []
         self._files: dict[str, tuple[str, tuple[int, int] | None]] = {}
         lines: dict[str, str] = {}
@@ -56,10 +52,10 @@ class Questions(Dataset):
         if not self.rows:
             raise DataError(f"{self.folder} holds no question; write one JSON object a line into questions.jsonl")
 
-    def _row(self, given: dict, where: str) -> dict:
-        """A row with its fields checked: images as a list of paths, answers as a list."""
-        row = {key: value for key, value in given.items() if value is not None}
-        if "image" not in given and "images" not in given:
+    def _row(self, cells: dict, where: str) -> dict:
+        """Check the fields of a row; return it with images as a list of paths and answers as a list."""
+        row = {key: value for key, value in cells.items() if value is not None}
+        if "image" not in cells and "images" not in cells:
             raise DataError(f"{where}: must have 'image' or 'images' (null for a question without an image)")
         for one, several in (("image", "images"), ("answer", "answers")):
             if one in row and several in row:
@@ -90,21 +86,21 @@ class Questions(Dataset):
         if "answers" not in row:
             answers = [text(row, "answer", where, numbers=True)] if "answer" in row else []
         else:
-            found = row["answers"]
-            if isinstance(found, list):
-                found = [each.get("answer") if isinstance(each, dict) else each for each in found]
-            answers = texts({"answers": found}, "answers", where, numbers=True)
+            answers = row["answers"]
+            if isinstance(answers, list):
+                answers = [each.get("answer") if isinstance(each, dict) else each for each in answers]
+            answers = texts({"answers": answers}, "answers", where, numbers=True)
         if not any(answer.strip() for answer in answers):
             return []
-        if self.judge.answers == "vqa" and len(answers) < ANNOTATORS:
+        if self.scorer.answers == "vqa" and len(answers) < ANNOTATORS:
             raise DataError(
                 f"{where}: has {len(answers)} accepted answers, but VQA accuracy needs at least {ANNOTATORS}; use "
                 "data.answers=any"
             )
-        return answers if self.judge.answers == "vqa" else [answer for answer in answers if answer.strip()]
+        return answers if self.scorer.answers == "vqa" else [answer for answer in answers if answer.strip()]
 
     def _inside(self, image: str, where: str) -> str:
-        """The path from the folder to an image, without "..": what a link leads to is not looked at."""
+        """Path from the folder to an image, without ".."; targets of links are not checked."""
         root = os.path.abspath(self.folder)
         path = Path(os.path.normpath(os.path.join(root, image)))
         if not path.is_relative_to(root):
@@ -129,7 +125,7 @@ class Questions(Dataset):
         return self.texts(item) | ({"images": images} if row["several"] else {"image": images[0]})
 
     def texts(self, item: int) -> dict:
-        """A sample without its images."""
+        """Fields of a sample without its images."""
         row = self.rows[item]
         patches, answers = torch.zeros(self.patch_count, dtype=torch.bool), row["answers"]
         patches[row["patches"]] = True
@@ -144,8 +140,8 @@ class Questions(Dataset):
         }
 
     def sketch(self, item: int) -> tuple[dict, bytes]:
-        """A sample without its images but with their `sizes` (None for one that cannot be read), and what stands for
-        their content: the files are hashed, not decoded."""
+        """Fields of a sample with the `sizes` of its images (None for an unreadable one), and a hash of the files as their
+        content: nothing is decoded."""
         sample, files = self.texts(item), [self._file(name) for name in self.rows[item]["images"]]
         content = "\n".join(hashed for hashed, _ in files).encode() + sample["patches"].numpy().tobytes()
         return sample | {"sizes": [size for _, size in files]}, content
@@ -159,13 +155,13 @@ class Questions(Dataset):
                 with open(path, "rb") as file:
                     hashed = hashlib.file_digest(file, "sha256").hexdigest()
                 self._files[name] = hashed, image_size(path)
-            except (ImageError, OSError):  # said when the sample is read
+            except (ImageError, OSError):  # reading the sample reports the error
                 self._files[name] = "unreadable", None
         return self._files[name]
 
 
 def text(row: dict, key: str, where: str, numbers: bool = False) -> str:
-    """A field as text that can be encoded; `numbers`: a finite number is written as text."""
+    """Field of a row as text that can be encoded; `numbers`: a finite number becomes text."""
     value = row.get(key)
     if numbers and (type(value) is int or (type(value) is float and math.isfinite(value))):
         value = str(value)
@@ -178,7 +174,7 @@ def text(row: dict, key: str, where: str, numbers: bool = False) -> str:
 
 
 def texts(row: dict, key: str, where: str, numbers: bool = False) -> list[str]:
-    """The same of a list of texts."""
+    """Field of a row as a list of texts; see `text`."""
     if not isinstance(row[key], list):
         raise DataError(f"{where}: {key!r} must be a list of texts, but is {short(row[key])}")
     return [text({key: value}, key, where, numbers) for value in row[key]]

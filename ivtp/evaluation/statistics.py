@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 
 def mean_error(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float]:
-    """Mean and its standard error when values of one cluster (questions about one image) are not independent."""
+    """Mean and its standard error, where values of one cluster (questions about one image) are not independent."""
     groups = defaultdict(list)
     for value, cluster in zip(values, clusters, strict=True):
         groups[cluster].append(value)
@@ -26,23 +26,21 @@ def mean_error(values: Sequence[float], clusters: Sequence[str]) -> tuple[float,
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """Exact two-sided McNemar p for two methods on the same samples: only samples where they differ say anything."""
+    """Exact two-sided McNemar p for two methods on the same samples; only samples where they differ count."""
     gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
     lost = sum(b and not a for a, b in zip(ours, theirs, strict=True))
     return 1.0 if gained + lost == 0 else float(binomtest(gained, gained + lost).pvalue)
 
 
-RESAMPLES = 2000
+LEVEL, RESAMPLES = 0.95, 2000
 BLOCK = 1 << 22
-"""Entries of the table of resampled clusters that are held at a time."""
+"""Entries of the table of resampled clusters in memory at a time."""
 
 
-def bootstrap(
-    values: Sequence[float], clusters: Sequence[str], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -> tuple[float, float]:
     """Percentile interval of the mean, whole clusters (images with all their questions) resampled with replacement.
 
-    A resample is how often each cluster was drawn; NaN for fewer than two clusters. The same seed, the same interval.
+    A resample is a count per cluster; fewer than two clusters give NaN. The same seed gives the same interval.
     """
     _, cluster = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     count = np.bincount(cluster) if len(cluster) else np.zeros(0)
@@ -51,18 +49,20 @@ def bootstrap(
         return math.nan, math.nan
     total = np.bincount(cluster, weights=np.asarray(values, dtype=float))
     rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
+    means = np.empty(RESAMPLES)
     step = max(1, BLOCK // m)
-    for start in range(0, resamples, step):
-        drawn = rng.multinomial(m, np.full(m, 1 / m), size=min(step, resamples - start))
+    for start in range(0, RESAMPLES, step):
+        drawn = rng.multinomial(m, np.full(m, 1 / m), size=min(step, RESAMPLES - start))
         means[start : start + step] = (drawn @ total) / (drawn @ count)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def summary(outcomes: Sequence[dict]) -> dict:
-    """Metrics of one row: {name: {"mean", "se", "n"}}; accuracies over all questions, per family, and per level of what
-    makes them hard ("difficulty/size: small")."""
+    """Metrics of one row: {name: {"mean", "se", "n"}}.
+
+    Accuracies are given over all questions, per family, and per level of difficulty ("difficulty/size: small").
+    """
     images = [o["image"] for o in outcomes]
 
     def metric(key: str, rows: Sequence[dict] = outcomes) -> dict:
@@ -82,22 +82,22 @@ def summary(outcomes: Sequence[dict]) -> dict:
             )
             for name, level in levels
         },
-        "acc_early": metric("early_correct"),
-        "hit": metric("hit"),
-        "share": metric("share"),
+        "early_accuracy": metric("early_correct"),
+        "hit_rate": metric("hit"),
+        "target_share": metric("share"),
         **{name: metric(name) for name in ("visual_tokens", "tokens_left") if outcomes and name in outcomes[0]},
         "images": len(set(images)),
     }
 
 
 def compare(outcomes: Sequence[dict], others: Sequence[dict]) -> dict:
-    """Paired comparison with another row on the samples that both have, and both have a score for (n).
+    """Paired comparison with another row on the samples that both rows have with a score (n).
 
     difference  of the accuracies, with its standard error and its bootstrap interval (images as clusters)
     p           McNemar's exact test; None where either row is a mean over seeds, or answers are partly right
-    agreement   the share of equal answers
-    flips       ids of what only the first gets right ("gained"), what only the other does ("lost"), and what both get
-                wrong in different words ("changed")
+    agreement   the fraction of equal answers
+    flips       ids of samples that only the first row answers correctly ("gained"), that only the other one does ("lost"),
+                and that both answer wrongly in different words ("changed")
     """
     other = {o["id"]: o for o in others}
     both = [(o, other[o["id"]]) for o in outcomes if o["id"] in other]
@@ -120,25 +120,27 @@ def compare(outcomes: Sequence[dict], others: Sequence[dict]) -> dict:
 
 
 def agree(a: dict, b: dict) -> float:
-    """1 for the same answer; of rows with several seeds, the share of equal answers over all pairs."""
+    """Agreement of two outcomes: 1 for equal answers; for several seeds, the fraction of equal answers over all pairs."""
     ours, theirs = (o.get("predictions") or [o["prediction"]] for o in (a, b))
     return sum(a == b for a in ours for b in theirs) / (len(ours) * len(theirs))
 
 
 def flips(pairs: Sequence[tuple[dict, dict]]) -> dict[str, list[str]]:
-    """Ids of the samples whose answers differ, by what that did."""
-    found: dict[str, list[str]] = {"gained": [], "lost": [], "changed": []}
+    """Ids of the samples whose answers differ, by effect on correctness."""
+    ids: dict[str, list[str]] = {"gained": [], "lost": [], "changed": []}
     for a, b in pairs:
         if a["correct"] != b["correct"]:
-            found["gained" if a["correct"] else "lost"].append(a["id"])
+            ids["gained" if a["correct"] else "lost"].append(a["id"])
         elif a["prediction"] != b["prediction"]:
-            found["changed"].append(a["id"])
-    return found
+            ids["changed"].append(a["id"])
+    return ids
 
 
 def over_seeds(runs: Sequence[Sequence[dict]]) -> list[dict]:
-    """One outcome per sample that all seeds have, out of those of several seeds: `correct` is the share of seeds that are
-    right, `predictions` their answers. What was answered and kept in one is that of the first seed."""
+    """Merge the outcomes of several seeds into one per sample that all seeds have.
+
+    `correct` is the fraction of correct seeds, `predictions` lists their answers; all else is of the first seed.
+    """
     others = [{o["id"]: o for o in run} for run in runs[1:]]
     merged = []
     for first in runs[0]:
@@ -156,7 +158,7 @@ def _mean(values: Sequence) -> float | None:
 
 
 def spread(summaries: Sequence[dict]) -> dict:
-    """Metrics of several seeds of one row: the mean, its standard error as for one seed, and the sd between seeds."""
+    """Metrics over several seeds of one row: the mean, its standard error as for one seed, and the sd between seeds."""
     merged = {}
     for name, first in summaries[0].items():
         if not isinstance(first, dict):
@@ -171,7 +173,7 @@ def spread(summaries: Sequence[dict]) -> dict:
 def commonest(outcomes: Sequence[dict]) -> dict:
     """Answer prior: accuracy of the commonest answer of each family, {"accuracy", "accuracy/FAMILY"}.
 
-    Of several accepted answers all together count as one. Empty without scored questions.
+    Several accepted answers of a question count as one. Without scored questions the dict is empty.
     """
     answers = defaultdict(Counter)
     for outcome in outcomes:
@@ -183,20 +185,22 @@ def commonest(outcomes: Sequence[dict]) -> dict:
     return {"accuracy": sum(most.values()) / total, **families} if total else {}
 
 
-def passing(outcomes: Sequence[dict], tau: float, most: int = 12) -> dict:
-    """Which words of the instructions pass τ: how many per question, in how many questions none, and of the words that
-    are asked most, in how many of the questions that have them. Relevance was rounded to four digits."""
+def passing(outcomes: Sequence[dict], tau: float) -> dict:
+    """Words of the instructions whose relevance is at least τ (relevance is stored with four digits).
+
+    passing, none  mean number of such words per question, and the fraction of questions without any
+    top            the 12 words that pass in the most questions, each with the fraction of its questions in which it passes
+    """
     known = [o["words"] for o in outcomes if o.get("words")]
     counts, passed = Counter(), Counter()
     through = [[word for word, score in words if score is not None and score >= tau] for words in known]
     for words, good in zip(known, through, strict=True):
         counts.update({word.strip() for word, score in words if score is not None})
         passed.update({word.strip() for word in good})
-    order = sorted(counts, key=lambda word: (-passed[word] / counts[word], -counts[word]))
-    frequent = set(sorted(counts, key=lambda word: -counts[word])[:most])
+    often = sorted(passed, key=lambda word: (-passed[word], word))
     return {
         "passing": float(np.mean([len(good) for good in through])) if known else 0.0,
         "none": float(np.mean([not good for good in through])) if known else 0.0,
         "n": len(known),
-        "top": [[word, passed[word] / counts[word]] for word in order if word in frequent],
+        "top": [[word, passed[word] / counts[word]] for word in often[:12]],
     }

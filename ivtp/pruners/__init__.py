@@ -1,23 +1,45 @@
-"""Methods by name: each is a function (shape, keep, settings) → Plan, a composition of the four choices.
+"""Pruners by name: each is a function (shape, keep, settings) → Plan, a composition of the four choices.
 
-Add one with `@register_pruner`, or from another package with the entry point group `ivtp.pruners`.
+Every module in this folder is imported, and adds its own with `@register_pruner`; another package names its own in the
+entry point group `ivtp.pruners`. Name, settings and their defaults, and the line of help come from the function alone.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from types import UnionType
-from typing import get_args, get_type_hints
+from typing import Protocol, get_args, get_type_hints
 
-from ivtp.pruning.cost import Shape
-from ivtp.pruning.pruner import Plan
-from ivtp.pruning.schedules import check
-from ivtp.registry import Registry, UnknownName, unknown
+from ivtp.core.flops import Shape
+from ivtp.core.plan import Plan
+from ivtp.registry import Registry, UnknownName, check_choice, unknown
 
 PER = ("image", "crop")
+
+
+class Pruner(Protocol):
+    """A pruning method as users and configs name it: a function of a model's sizes and of settings that returns a plan.
+
+    shape     sizes of the model
+    settings  annotated, with defaults where there is one; `keep`, the visual tokens that stay, is one of them
+    """
+
+    def __call__(self, shape: Shape, **settings) -> Plan: ...
+
+    def __new__(cls, *_, **__):
+        if cls is Pruner:
+            raise TypeError(
+                "ivtp.Pruner, of a schedule, a score and so on, is called ivtp.Stage now: ivtp.Stage(cuts, score)"
+            )
+        return super().__new__(cls)
+
+
 PRUNERS = Registry("pruner", "ivtp.pruners")
 register_pruner = PRUNERS.register
 
@@ -31,10 +53,25 @@ def list_pruners() -> list[str]:
     return PRUNERS.names()
 
 
-def load_pruner(name: str, shape: Shape, position_ids: str = "keep", per: str = "image", **settings) -> Plan:
-    """The plan of method `name` for a model of this shape; refuses what cannot be carried out.
+def shipped_pruners() -> list[str]:
+    """The names of the pruners of this package, without those of other installed packages."""
+    return [name for name in list_pruners() if PRUNERS[name].__module__.startswith(f"{__name__}.")]
 
-    per   what `keep` counts: the tokens of a whole "image", spread evenly over its crops, or those of each "crop"
+
+def summary(name: str) -> str:
+    """The first sentence of a pruner's docstring.
+
+    >>> summary("none")
+    'The frozen model as it is, without pruning.'
+    """
+    paragraph = (inspect.getdoc(PRUNERS[name]) or "").split("\n\n")[0]
+    return re.split(r"(?<=\w{3}\.)\s(?=[A-Z`])", " ".join(paragraph.split()))[0]
+
+
+def load_pruner(name: str, shape: Shape, position_ids: str = "keep", per: str = "image", **settings) -> Plan:
+    """The plan of pruner `name` for a model of this shape.
+
+    per   `keep` counts the tokens of a whole "image", spread evenly over its crops, or those of each "crop"
     Raises ValueError for an unknown name or setting, and for a budget that the model or the method cannot meet.
 
     >>> import ivtp
@@ -45,8 +82,7 @@ def load_pruner(name: str, shape: Shape, position_ids: str = "keep", per: str = 
     >>> [(cut.layer, cut.keep) for cut in plan.language.schedule]
     [(2, 111), (5, 92), (8, 77), (11, 64)]
     """
-    if per not in PER:
-        raise ValueError(f"per={per!r} is not one of {', '.join(PER)}: what keep counts")
+    check_choice("per", per, PER, ": what keep counts")
     if shape.crops > 1:
         return _by_crops(name, shape, position_ids, per, settings)
     build = PRUNERS[name]
@@ -55,7 +91,7 @@ def load_pruner(name: str, shape: Shape, position_ids: str = "keep", per: str = 
         if key not in accepted:
             raise UnknownName(unknown(f"setting of pruner {name!r}:", key, [*accepted, "position_ids"]))
     keep = settings.get("keep")
-    if "keep" in settings and (isinstance(keep, bool) or not isinstance(keep, int)):
+    if "keep" in settings and type(keep) is not int:
         raise ValueError(f"keep={keep!r} must be a whole number of visual tokens between 1 and {shape.patches}")
     if keep is not None and not 1 <= keep <= shape.patches:
         raise ValueError(
@@ -65,15 +101,19 @@ def load_pruner(name: str, shape: Shape, position_ids: str = "keep", per: str = 
         raise ValueError(f"pruner {name!r} needs keep: how many visual tokens stay, between 1 and {shape.patches}")
     check_types(build, settings)
     plan = replace(build(shape, **settings), position_ids=position_ids)
-    v = shape.patches
+    check_plan(plan, shape, f"pruner {name!r}")
+    return plan
+
+
+def check_plan(plan: Plan, shape: Shape, name: str = "the plan") -> None:
+    """Refuse a plan that cannot be carried out on an image of this shape."""
     if plan.vision is not None:
-        check(plan.vision.schedule, v, shape.vision.depth, "vision")
-        v = plan.vision.schedule[-1].keep if plan.vision.schedule else v
+        plan.vision.schedule.check(shape.patches, shape.vision.depth, "vision")
     if plan.language is not None:
         if shape.language is None:
-            raise ValueError(f"pruner {name!r} prunes inside a language model, but this model has none")
-        check(plan.language.schedule, v, shape.language.depth, "language")
-    return plan
+            raise ValueError(f"{name} prunes inside a language model, but this model has none")
+        reach = plan.leaving(shape.patches, shape.crops)
+        plan.language.schedule.check(reach, shape.language.depth, "language")
 
 
 def _by_crops(name: str, shape: Shape, position_ids: str, per: str, settings: dict) -> Plan:
@@ -100,8 +140,8 @@ def _by_crops(name: str, shape: Shape, position_ids: str, per: str, settings: di
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 
-def check_types(build: Callable, settings: Mapping[str, object]) -> None:
-    """Refuse settings that are not what the method's annotations ask for: a number, a text, …"""
+def check_types(build: Pruner, settings: Mapping[str, object]) -> None:
+    """Refuse settings whose types are not those of the pruner's annotations."""
     try:
         hints = get_type_hints(build)
     except NameError:  # somebody else's annotations
@@ -118,25 +158,5 @@ def check_types(build: Callable, settings: Mapping[str, object]) -> None:
             raise ValueError(f"{key}={value!r} is not {' or '.join(NOUNS[kind] for kind in kinds)}{usual}")
 
 
-# Each module registers its pruners when it is imported.
-from ivtp.pruners import (  # noqa: E402, F401
-    ats,
-    baselines,
-    both_sites,
-    cdpruner,
-    dart,
-    divprune,
-    evit,
-    fastervlm,
-    fastv,
-    hiprune,
-    ivtp,
-    pdrop,
-    prumerge,
-    resolution,
-    sparsevlm,
-    tome,
-    visionzip,
-    vispruner,
-    vscan,
-)
+for module in iter_modules(__path__):  # each registers its pruners
+    import_module(f"{__name__}.{module.name}")

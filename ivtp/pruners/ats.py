@@ -8,12 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ivtp.core import Plan, Select, Selection, Shape, Stage, Tokens
+from ivtp.core.scores import Layerwise
 from ivtp.pruners import register_pruner
-from ivtp.pruners.sites import grouped, vision_layers
-from ivtp.pruning.cost import Shape
-from ivtp.pruning.pruner import Plan, Pruner
-from ivtp.pruning.scores import Layerwise
-from ivtp.pruning.tokens import Selection, Tokens
+from ivtp.pruners.default_layers import grouped
 
 
 @register_pruner
@@ -24,7 +22,7 @@ def ats(shape: Shape, keep: int, group: int | str = 3) -> Plan:
     Selects    the scores are added up from the lowest; at `keep` equally spaced heights of that curve the nearest token
                is taken, and every token once: flat images keep many, peaked ones few (a different number per image)
     The rest   is dropped
-    Where      before the FFN, at the same layers as the other methods (published: in the blocks from 3 on)
+    Where      before the FFN, every `group` layers as in the other methods (published: in every block from 3 of 12 on)
 
     Published code: ‖V‖ of the concatenated heads, the paper sums per head; heights from the curve's lowest value to 1
     and the nearest token, the paper takes the middles of equal parts and rounds up (code followed). With fewer heights
@@ -32,16 +30,16 @@ def ats(shape: Shape, keep: int, group: int | str = 3) -> Plan:
     all of it. Its padded tokens enter the curve of a shorter sample of a batch; here padding is left out. The lowest
     score is never taken. Order: ascending score, as published.
     """
-    return Plan(vision=Pruner(grouped(vision_layers(shape), group, shape.patches, keep), Layerwise(True), Sampled()))
+    return Plan(vision=Stage(grouped(shape, keep, group), Layerwise(True), Sampled()))
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(Select):
     """Inverse transform sampling at `heights` places (None: as many as may stay)."""
 
     heights: int | None = None
 
-    def __call__(self, scores: Float[Tensor, "b v"], metric: Tensor | None, keep: int, tokens: Tokens) -> Selection:
+    def __call__(self, scores: Tensor, metric: None, keep: int, tokens: Tokens) -> Selection:
         order, curve, real = cumulative(scores)
         _, picked = sample(curve, real, self.heights or keep)
         rank, valid = unique(picked)

@@ -1,35 +1,37 @@
-"""From what a user may spend to how many tokens a method keeps."""
+"""Budgets: from tokens, ratios, FLOPs or the cost of another row to the number of tokens that a pruner keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from math import isqrt
+from typing import Any
 
-from ivtp.pruning.cost import Cost, Shape
+from ivtp.core.flops import Cost, Shape
 from ivtp.registry import UnknownName, UserError, unknown
 
 KINDS = ("keep", "tflops", "average_tokens", "like", "ratio")
 PER = "per"
-"""Beside the kind: whether `keep` counts the tokens of an image, or of each of its crops."""
+"""Key beside the kind: `keep` counts the tokens of an image, or of each of its crops."""
 
 
 def solve(budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Mapping[str, Cost] | None = None) -> int:
-    """How many visual tokens stay at the end.
+    """Visual tokens that stay at the end.
 
     budget  keep: tokens; tflops: per image; average_tokens: visual tokens in a language layer, mean over the layers;
             like: the FLOPs of that row; else ratio: the share of the tokens (a number, or "1/9")
     spend   the cost of the method at a given number of tokens; raises ValueError where the method cannot do it
     rows    cost of the rows that "like" may name
     """
-    kind, value = chosen(budget)
+    (kind, value), rows = chosen(budget), rows or {}
     if budget.get(PER, "image") != "image" and kind != "keep":
         raise UserError(
             f"budget.per={budget[PER]} goes with budget.keep; a share or a cost is of the whole image anyway"
         )
     if kind == "like":
-        if value not in (rows or {}):
-            raise UnknownName(unknown("row to take the budget from", str(value), rows or {}))
+        if value not in rows:
+            raise UnknownName(unknown("row to take the budget from", str(value), rows))
         return _nearest(rows[value].total, shape, lambda k: spend(k).total, f"the cost of row {value!r}", "TFLOPs")
     if kind == "ratio":
         share = fraction(value)
@@ -41,6 +43,10 @@ def solve(budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Map
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"budget.{kind}={value!r} is not a number")
     if kind == "keep":
+        if not isinstance(value, int):
+            raise UserError(
+                f"budget.keep={value} must be a whole number of visual tokens between {shape.crops} and {shape.tokens}"
+            )
         return value
     if kind == "average_tokens":
         if shape.language is None:
@@ -55,18 +61,17 @@ def fraction(value: object) -> float:
     >>> fraction("1/4"), fraction(0.25)
     (0.25, 0.25)
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise UserError(f"budget.ratio={value!r} is not a number")
     try:
-        return float(Fraction(value)) if isinstance(value, str) else value
+        return float(Fraction(str(value)))
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"budget.ratio={value!r} is not a number") from error
 
 
-def chosen(budget: Mapping) -> tuple[str, object]:
-    """The one kind of budget that is given; `ratio` only counts where no other is."""
-    if set(budget) - {*KINDS, PER}:
-        raise UnknownName(unknown("budget", str(next(iter(set(budget) - {*KINDS, PER}))), [*KINDS, PER]))
+def chosen(budget: Mapping) -> tuple[str, Any]:
+    """The one kind of budget that is given, and its value; `ratio` only counts where no other is."""
+    for name in budget:
+        if name not in (*KINDS, PER):
+            raise UnknownName(unknown("budget", str(name), [*KINDS, PER]))
     given = [kind for kind in KINDS if budget.get(kind) is not None and kind != "ratio"]
     if len(given) > 1:
         raise UserError(f"budget.{given[0]} and budget.{given[1]} are both given; choose one")
@@ -76,8 +81,8 @@ def chosen(budget: Mapping) -> tuple[str, object]:
     return kind, budget[kind]
 
 
-def asked(budget: Mapping) -> str:
-    """The budget in words: what the table says beside what was spent."""
+def in_words(budget: Mapping) -> str:
+    """The budget in words, for tables."""
     kind, value = chosen(budget)
     if kind == "ratio":
         return f"{value} of the tokens" if isinstance(value, str) else f"{100 * value:.3g} % of the tokens"
@@ -89,15 +94,13 @@ def asked(budget: Mapping) -> str:
     }[kind]
 
 
-def _nearest(target: float, shape: Shape, measure: Callable[[int], float], what: str, unit: str) -> int:
+def _nearest(target: float, shape: Shape, measure: Callable[[int], Any], what: str, unit: str) -> int:
     spent: dict[int, float] = {}
 
     def try_all(counts: Iterable[int]) -> None:
         for keep in set(counts) - set(spent):
-            try:
+            with suppress(ValueError):  # a number of tokens that this method cannot meet
                 spent[keep] = measure(keep)
-            except ValueError:
-                continue  # a number of tokens that this method cannot meet
 
     # Cost grows with the tokens up to rounding: a coarse look, then everything near the best and at the lower end.
     step = max(1, isqrt(shape.tokens))

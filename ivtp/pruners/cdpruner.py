@@ -5,18 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from ivtp.core import Attention, CutSizes, Plan, Schedule, Score, Select, Selection, Shape, Stage, Tokens
+from ivtp.core.scores import hide_padding
+from ivtp.core.selects import Hidden, cosines
+from ivtp.core.tokens import take
 from ivtp.pruners import register_pruner
-from ivtp.pruners.sites import language_depth
-from ivtp.pruning.attention import Attention
-from ivtp.pruning.cost import Shape
-from ivtp.pruning.diversity import greedy_dpp_flops, greedy_dpp_order
-from ivtp.pruning.pruner import Plan, Pruner, hidden
-from ivtp.pruning.schedules import Cut
-from ivtp.pruning.scores import hide_padding
-from ivtp.pruning.tokens import Selection, Tokens
 
 
 @register_pruner
@@ -25,29 +21,29 @@ def cdpruner(shape: Shape, keep: int, negate: bool = True) -> Plan:
 
     Scores     cosine of every visual token (penultimate ViT layer, last norm, CLIP's visual projection) with the
                instruction in CLIP's joint space, mean over its chunks of 77 tokens; negated, then scaled to 0 … 1
-    Selects    greedily what adds most to the determinant of relevance × cosine of projected features × relevance
+    Selects    greedily the token that adds most to the determinant of relevance × cosine of projected features × relevance
     The rest   is dropped
-    Where      before the first language layer
+    Where      before the first language layer; needs the CLIP text encoder
+    Budgets    192, 128, 64 of 576 (published), with position_ids=renumber
 
     Published code negates the cosine, as CLIP's patches tend to be unlike what they show; the paper does not
     (`negate=False`). It adds 1e-6 above the line only, and scales over the whole batch; here over each image. A budget
     above the rank of the features is filled up in sequence order, where the code runs into round-off.
     """
-    language_depth(shape, "cdpruner")
-    return Plan(
-        language=Pruner((Cut(-1, keep, "block"),), Relevance(negate), conditional_dpp, metric=hidden),
-    )
+    before = Schedule.at([-1], [keep], "block")
+    return Plan(language=Stage(before, Relevance(negate), ConditionalDpp(), metric=Hidden()))
 
 
 @dataclass(frozen=True)
-class Relevance:
-    """How well each visual token fits the instruction, as the backbone was asked to find out."""
+class Relevance(Score):
+    """Cosine of each visual token with the instruction in CLIP's joint space, which the backbone provides."""
 
     negate: bool = True
     needs = "none"
     reads_relevance = True
 
-    def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]:
+    def __call__(self, attentions: list[Attention], tokens: Tokens) -> Tensor:
+        assert tokens.relevance is not None
         fit = tokens.of_visual(tokens.relevance).float()
         return hide_padding(-fit if self.negate else fit, tokens)
 
@@ -61,15 +57,44 @@ def scaled(scores: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
     return ((scores - low + 1e-6) / span).masked_fill(~real, 0.0)
 
 
-def conditional_dpp(
-    scores: Float[Tensor, "b v"], metric: Float[Tensor, "b v d"], keep: int, tokens: Tokens
-) -> Selection:
-    """Relevant and diverse, in sequence order."""
-    return Selection(greedy_dpp_order(scaled(scores), metric, keep, scores > -torch.inf).sort(dim=1).values)
+@dataclass(frozen=True)
+class ConditionalDpp(Select):
+    """Relevant and diverse tokens, in sequence order."""
+
+    def __call__(self, scores: Tensor, metric: Tensor, keep: int, tokens: Tokens) -> Selection:
+        return Selection(greedy_dpp_order(scaled(scores), metric, keep, scores > -torch.inf).sort(dim=1).values)
+
+    def flops(self, sizes: CutSizes) -> int:
+        """FLOPs of all cosines, and of the projections on the tokens that are chosen already."""
+        return 2 * sizes.v * sizes.v * sizes.width + sizes.keep * (sizes.keep - 1) * sizes.v
 
 
-def _flops(v: int, keep: int, width: int, **_: int) -> int:
-    return greedy_dpp_flops(v, keep, width)
+def greedy_dpp_order(
+    quality: Float[Tensor, "b v"], metric: Float[Tensor, "b v d"], keep: int, valid: Tensor | None = None
+) -> Int[Tensor, "b k"]:
+    """The order in which greedy MAP inference picks from the determinantal process with kernel q_i cos(i, j) q_j.
 
-
-conditional_dpp.flops = _flops
+    Incremental Cholesky updates (arXiv 1709.05135). A kernel of lower rank than `keep` is filled up with what is left,
+    in sequence order; the published code of CDPruner runs into round-off there.
+    """
+    kernel = quality[:, :, None] * cosines(metric, metric) * quality[:, None]
+    left = kernel.diagonal(dim1=1, dim2=2)
+    floor = 1e-6 * left  # below that, a token adds nothing but round-off
+    if valid is not None:
+        left = left.masked_fill(~valid, -torch.inf)
+    b, v = quality.shape
+    factor = kernel.new_zeros(b, keep, v)
+    chosen = []
+    for step in range(keep):
+        left = torch.where((left > floor) | (left == -torch.inf), left, 0.0)
+        pick = left.argmax(1, keepdim=True)
+        chosen.append(pick)
+        row = take(kernel, pick)[:, 0]
+        if step:
+            known = factor[:, :step]
+            row = row - (known.gather(2, pick[:, :, None].expand(-1, step, -1)).transpose(1, 2) @ known)[:, 0]
+        pivot = left.gather(1, pick)
+        row = torch.where(pivot > 0, row / pivot.clamp_min(1e-30).sqrt(), 0.0)
+        factor[:, step] = row
+        left = (left - row.square()).scatter(1, pick, -torch.inf)
+    return torch.cat(chosen, 1)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from ivtp.core import Attention, CutSizes, Metric, Plan, Score, Select, Selection, Shape, Stage, Tokens
+from ivtp.core.reduces import Combine
+from ivtp.core.scores import hide_padding, reference_flops, reference_row
+from ivtp.core.selects import cosines, descending
+from ivtp.core.tokens import take
 from ivtp.pruners import register_pruner
-from ivtp.pruners.sites import feature_cut
-from ivtp.pruning.attention import Attention
-from ivtp.pruning.cost import Shape
-from ivtp.pruning.pruner import Plan, Pruner
-from ivtp.pruning.reduces import combine
-from ivtp.pruning.scores import hide_padding, reference_flops, reference_row
-from ivtp.pruning.tokens import Selection, Tokens, take
+from ivtp.pruners.default_layers import feature_cut
 
 
 @register_pruner
@@ -28,6 +26,7 @@ def prumerge(shape: Shape, keep: int, adaptive: bool = False, neighbours: int = 
     The rest   every centre adds its 32 neighbours (by keys, centres among them), weighed by their attention; a last
                token, which `keep` counts, is the weighted sum of all tokens that are no centres
     Where      behind the penultimate ViT layer, whose output the projector reads
+    Budgets    adaptive, about 32 of 576 (published); fixed ones of 192, 128, 64 in comparisons
 
     Published code: attention of the last layer as one wide head (the paper says penultimate layer); the weighted sum is
     added to the centre, not averaged; the extra token is not in the paper (code followed). Its adaptive ratio pools
@@ -44,7 +43,7 @@ def prumerge_plus(shape: Shape, keep: int, adaptive: bool = False, neighbours: i
     `adaptive` is the published rule: every third of a step of 1/ratio, where the attended ones leave room (about three
     more per attended one), at most `keep` - 1 centres. At a fixed budget half of the centres are attended and half
     evenly spaced, as in its training code, which counts a token twice when both choose it; here the next attended one
-    steps in. Everything else as `prumerge`; the released code knows 576 tokens only.
+    steps in. Everything else as `prumerge`; the released code knows 576 tokens only. Published: about 144 of 576.
     """
     return _plan(shape, keep, Clusters(adaptive, True, neighbours))
 
@@ -58,43 +57,45 @@ def _plan(shape: Shape, keep: int, select: Clusters) -> Plan:
         raise ValueError(
             f"prumerge compares the keys of single patches, but this tower cuts the {shape.unit} patches of a unit together"
         )
-    return Plan(vision=Pruner(feature_cut(shape, keep), OneHead(), select, combine, metric=wide_keys))
+    return Plan(vision=Stage(feature_cut(shape, keep), OneHead(), select, Combine(), metric=WideKeys()))
 
 
 @dataclass(frozen=True)
-class OneHead:
+class OneHead(Score):
     """The reference's row with the heads joined to one, `softmax(q kᵀ / √(all widths))`, raw probabilities."""
 
     needs = "next"
 
-    def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]:
-        q, k, v = (t.transpose(1, 2).flatten(2)[:, None] for t in (seen[-1].q, seen[-1].k, seen[-1].v))
-        wide = Attention(q, k, v, q.shape[-1] ** -0.5, seen[-1].bias)
+    def __call__(self, attentions: list[Attention], tokens: Tokens) -> Tensor:
+        last = attentions[-1]
+        q, k, v = (heads.transpose(1, 2).flatten(2)[:, None] for heads in (last.q, last.k, last.v))
+        wide = Attention(q, k, v, q.shape[-1] ** -0.5, last.bias)
         return hide_padding(tokens.of_visual(reference_row(wide, tokens)), tokens)
 
-    def flops(self, n: int, heads: int, head_width: int, referring: int = 1, **_: int) -> int:
-        return reference_flops(n, 1, heads * head_width, referring)
-
-
-def wide_keys(seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v e"]:
-    """Keys of all heads, concatenated."""
-    return tokens.of_visual(seen[-1].k.transpose(1, 2).flatten(2).float())
-
-
-wide_keys.needs = "next"
+    def flops(self, sizes: CutSizes) -> int:
+        """FLOPs of one reference row of the wide head."""
+        return reference_flops(replace(sizes, heads=1, head_width=sizes.heads * sizes.head_width))
 
 
 @dataclass(frozen=True)
-class Clusters:
+class WideKeys(Metric):
+    """Keys of all heads, concatenated."""
+
+    needs = "next"
+
+    def __call__(self, attentions: list[Attention], tokens: Tokens) -> Tensor:
+        return tokens.of_visual(attentions[-1].k.transpose(1, 2).flatten(2).float())
+
+
+@dataclass(frozen=True)
+class Clusters(Select):
     """`keep` - 1 centres with their neighbours, and a last token for what is no centre."""
 
     adaptive: bool
     spaced: bool
     neighbours: int = 32
 
-    def __call__(
-        self, scores: Float[Tensor, "b v"], metric: Float[Tensor, "b v e"], keep: int, tokens: Tokens
-    ) -> Selection:
+    def __call__(self, scores: Tensor, metric: Tensor, keep: int, tokens: Tokens) -> Selection:
         valid = tokens.of_visual(tokens.valid)
         centres, count = self.centres(scores, valid, keep - 1)
         slot = torch.arange(keep, device=scores.device)[None]
@@ -115,8 +116,8 @@ class Clusters:
         return Selection(index, valid=slot <= count[:, None] if self.adaptive else None, weight=rows)
 
     def centres(self, scores: Tensor, valid: Tensor, room: int) -> tuple[Tensor, Tensor]:
-        """Which tokens are centres "b room", and how many of them per sample."""
-        order = scores.argsort(dim=1, descending=True, stable=True)
+        """Indices of the centres "b room", and their number per sample."""
+        order = descending(scores)
         rank = order.argsort(dim=1)
         v = scores.shape[1]
         place = torch.arange(v, device=scores.device)[None]
@@ -127,7 +128,7 @@ class Clusters:
         first = rank < top
         spaced = torch.zeros_like(first)
         if self.spaced and self.adaptive:
-            step = (1 / (top / v).double()).long() if self.adaptive else None
+            step = (1 / (top / v).double()).long()
             spaced = (place % (step // 3).clamp_min(1) == 0) & (place < v - 1)
         elif self.spaced and room // 2:
             at = (torch.arange(room // 2, device=scores.device) + 0.5) * v / (room // 2)
@@ -138,17 +139,17 @@ class Clusters:
 
     def nearest(self, metric: Tensor, centres: Tensor, valid: Tensor) -> Tensor:
         """The most similar other tokens of every centre, the most similar first."""
-        metric = metric / metric.norm(dim=-1, keepdim=True)
-        similarity = take(metric, centres) @ metric.transpose(1, 2)
-        similarity = similarity.masked_fill(~valid[:, None], -2.0).scatter(2, centres[:, :, None], -3.0)
+        similarity = cosines(take(metric, centres), metric).masked_fill(~valid[:, None], -2.0)
+        similarity = similarity.scatter(2, centres[:, :, None], -3.0)
         return similarity.topk(min(self.neighbours, metric.shape[1] - 1), dim=2).indices
 
-    def flops(self, v: int, keep: int, heads: int, head_width: int, **_: int) -> int:
-        return 2 * (keep - 1) * v * heads * head_width
+    def flops(self, sizes: CutSizes) -> int:
+        """FLOPs of the cosines with the centres."""
+        return 2 * (sizes.keep - 1) * sizes.v * sizes.heads * sizes.head_width
 
 
-def outlier_share(scores: Float[Tensor, "b v"], valid: Tensor) -> Float[Tensor, " b"]:
-    """The share of scores above q3 + 1.5 (q3 - q1), in float64."""
+def outlier_share(scores: Tensor, valid: Tensor) -> Tensor:
+    """Share of the scores "b v" above q3 + 1.5 (q3 - q1), "b", in float64."""
     known = scores.masked_fill(~valid, torch.nan)
     q1, q3 = (torch.nanquantile(known, q, dim=1, keepdim=True) for q in (0.25, 0.75))
     return (known > q3 + 1.5 * (q3 - q1)).sum(1).double() / valid.sum(1)

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ivtp.core import (
+    Attention,
+    CutSizes,
+    Metric,
+    Plan,
+    Reduce,
+    Schedule,
+    Score,
+    Select,
+    Selection,
+    Shape,
+    Stage,
+    Tokens,
+)
+from ivtp.core.reduces import Drop, slot_sums
+from ivtp.core.schedule import equal_ratio
+from ivtp.core.scores import hide_padding, row_flops
+from ivtp.core.selects import descending
+from ivtp.core.tokens import indices, take
 from ivtp.pruners import register_pruner
-from ivtp.pruners.sites import language_depth, listed_layers
-from ivtp.pruning.attention import Attention
-from ivtp.pruning.clusters import density_peaks, density_peaks_flops
-from ivtp.pruning.cost import Shape
-from ivtp.pruning.pruner import Plan, Pruner
-from ivtp.pruning.reduces import drop
-from ivtp.pruning.schedules import Cut, equal_ratio
-from ivtp.pruning.scores import hide_padding, row_flops
-from ivtp.pruning.tokens import Selection, Tokens, take
+from ivtp.pruners.default_layers import language_depth, listed_layers
+from ivtp.registry import check_choice
 
 TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 """Published: image tokens kept at the three cuts, besides recycled ones, for an average budget of 576 tokens."""
 SCHEDULES = ("ratio", "published")
+Count = TypeVar("Count", int, Tensor)
 
 
 @register_pruner
@@ -36,7 +50,7 @@ def sparsevlm(
     bias: float = 0.0,
     layers: Sequence[int] | None = None,
 ) -> Plan:
-    """SparseVLM (arXiv 2410.04417): text tokens that look like the image rate its tokens in the language model.
+    """SparseVLM (arXiv 2410.04417): text tokens that resemble the image rate its tokens in the language model.
 
     Scores     attention of the raters in the current layer, mean over heads and raters; raters are the prompt's tokens
                behind the image with more than the average share in softmax(image · textᵀ) of the input embeddings
@@ -56,8 +70,7 @@ def sparsevlm(
     only.
     """
     depth = language_depth(shape, "sparsevlm")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
+    check_choice("schedule", schedule, SCHEDULES)
     if layers is None:
         layers = sorted({max(1, round(depth * after / 32)) - 1 for after in (3, 7, 16)})
     layers = listed_layers(layers, 0, depth - 1)
@@ -79,24 +92,24 @@ def sparsevlm(
                 f"{least - 1}; keep at least {least} there, or set recycle=false"
             )
         before = count
-    cuts = [Cut(layer, count, "block") for layer, count in zip(layers, counts, strict=True)]
-    select = Rated(recycle, rank, scale, bias)
-    reduce = cluster_means if recycle else drop
-    pruner = Pruner(tuple(cuts), RatersLook(), select, reduce, metric=rater_rows if rank else None)
-    return Plan(language=pruner, reference="raters")
+    stage = Stage(
+        Schedule.at(layers, counts, "block"),
+        RaterAttention(),
+        Rated(recycle, rank, scale, bias),
+        ClusterMeans() if recycle else Drop(),
+        metric=RaterRows() if rank else None,
+    )
+    return Plan(language=stage, reference="raters")
 
 
-def recycled(dropped: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
-    """How many of the dropped tokens are recycled, and into how many clusters."""
-    if isinstance(dropped, Tensor):
-        points = (dropped.double() * 0.3).long() + 1
-        return points, points // 10 + 1
-    points = int(dropped * 0.3) + 1
+def recycled(dropped: Count) -> tuple[Count, Count]:
+    """Number of dropped tokens that are recycled (30 %), and of their clusters."""
+    points = dropped * 3 // 10 + 1
     return points, points // 10 + 1
 
 
 def kept_of(total: int, tokens: int) -> int:
-    """How many of the tokens stay as they are so that, with the clusters of the others, `total` are left."""
+    """Number of tokens that stay as they are so that, with the clusters of the others, `total` are left."""
     return max(kept for kept in range(tokens) if kept + recycled(tokens - kept)[1] <= total)
 
 
@@ -109,45 +122,49 @@ def _totals(tokens: int, kept: Sequence[int], recycle: bool) -> list[int]:
     return totals
 
 
-def text_rows(seen: list[Attention], tokens: Tokens) -> tuple[Float[Tensor, "b t v"], Float[Tensor, "b t"]]:
-    """What every text token looks at in the image, and which of them are raters, as 0 and 1."""
-    place = tokens.visual.byte().argsort(dim=1, stable=True)[:, : tokens.visual.shape[1] - tokens.visual_count]
-    rows = seen[-1].rows(place)
+def text_rows(attention: Attention, tokens: Tokens) -> tuple[Float[Tensor, "b t v"], Float[Tensor, "b t"]]:
+    """Attention of every text token to the visual ones, and which of the text tokens are raters, as 0 and 1."""
+    place = tokens.other_index
+    rows = attention.rows(place)
     index = tokens.visual_index[:, None].expand(-1, place.shape[1], -1)
     return rows.gather(2, index), take((tokens.reference & tokens.valid).float(), place)
 
 
-def rater_rows(seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b t v"]:
-    """The raters' part of the map; other rows, and padding, are zero."""
-    rows, raters = text_rows(seen, tokens)
-    return rows * raters[:, :, None] * tokens.of_visual(tokens.valid)[:, None]
+@dataclass(frozen=True)
+class RaterRows(Metric):
+    """The raters' part of the map "b t v"; other rows, and padding, are zero."""
+
+    def __call__(self, attentions: list[Attention], tokens: Tokens) -> Tensor:
+        rows, raters = text_rows(attentions[-1], tokens)
+        return rows * raters[:, :, None] * tokens.of_visual(tokens.valid)[:, None]
+
+    def flops(self, sizes: CutSizes) -> int:
+        return (sizes.n - sizes.v) * row_flops(sizes.n, sizes.heads, sizes.head_width)
 
 
 @dataclass(frozen=True)
-class RatersLook:
-    """The attention of the referring text tokens, mean over them."""
+class RaterAttention(Score):
+    """Attention of the raters, mean over them."""
 
     needs = "last"
 
-    def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]:
-        rows, raters = text_rows(seen, tokens)
+    def __call__(self, attentions: list[Attention], tokens: Tokens) -> Tensor:
+        rows, raters = text_rows(attentions[-1], tokens)
         relation = (rows * raters[:, :, None]).sum(1) / raters.sum(1, keepdim=True).clamp_min(1)
         return hide_padding(relation, tokens)
 
-    def flops(self, n: int, v: int, heads: int, head_width: int, **_: int) -> int:
-        return (n - v) * row_flops(n, heads, head_width)
+    def flops(self, sizes: CutSizes) -> int:
+        return (sizes.n - sizes.v) * row_flops(sizes.n, sizes.heads, sizes.head_width)
 
 
 def rank_of(rows: Float[Tensor, "b t v"]) -> Int[Tensor, " b"]:
-    """The rank of each map as `torch.linalg.matrix_rank` finds it in the rows and columns that are not all zero."""
-    singular = torch.linalg.svdvals(rows)
+    """The rank of each map, with the default tolerance for its rows and columns that are not all zero."""
     sides = torch.stack([(rows != 0).any(2).sum(1), (rows != 0).any(1).sum(1)]).amax(0)
-    tolerance = singular.amax(1) * sides * torch.finfo(torch.float32).eps
-    return (singular > tolerance[:, None]).sum(1)
+    return torch.linalg.matrix_rank(rows, rtol=sides * torch.finfo(torch.float32).eps)
 
 
 @dataclass(frozen=True)
-class Rated:
+class Rated(Select):
     """The highest scores, then clusters of the best of the others; with `rank`, fewer where the raters' map has a low
     rank.
 
@@ -160,9 +177,7 @@ class Rated:
     bias: float = 0.0
     noise: Tensor | None = None
 
-    def __call__(
-        self, scores: Float[Tensor, "b v"], metric: Float[Tensor, "b t v"] | None, keep: int, tokens: Tokens
-    ) -> Selection:
+    def __call__(self, scores: Tensor, metric: Any, keep: int, tokens: Tokens) -> Selection:
         v = scores.shape[1]
         there = tokens.of_visual(tokens.valid).sum(1)
         kept = torch.full_like(there, kept_of(keep, v) if self.recycle else keep)
@@ -174,11 +189,11 @@ class Rated:
     def select(self, scores: Tensor, kept: Tensor, slots: int, tokens: Tokens, there: Tensor) -> Selection:
         """Keep `kept` "b" tokens and clusters of the others, in `slots` places."""
         b, v = scores.shape
-        order = scores.argsort(dim=1, descending=True, stable=True)
+        order = descending(scores)
         rank = order.argsort(dim=1)
         stays = rank < kept[:, None]
         slot = torch.arange(slots, device=scores.device)[None]
-        index = (~stays).byte().argsort(dim=1, stable=True)[:, :slots]  # kept ones first, in sequence order
+        index = indices(stays, slots)
         into = torch.where(stays, stays.long().cumsum(1) - 1, -1)
         if not self.recycle:
             return Selection(index, valid=slot < kept[:, None])
@@ -201,21 +216,62 @@ class Rated:
         index = torch.where(slot < kept[:, None], index, middle.gather(1, behind))
         return Selection(index, into, slot < (kept + clusters)[:, None])
 
-    def flops(self, n: int, v: int, heads: int, head_width: int, width: int, **_: int) -> int:
-        total = (n - v) * row_flops(n, heads, head_width) if self.rank else 0
-        return total + (density_peaks_flops(min(v, recycled(v)[0]), width) if self.recycle else 0)
+    def flops(self, sizes: CutSizes) -> int:
+        """FLOPs of all distances between recycled tokens."""
+        points = min(sizes.v, recycled(sizes.v)[0])
+        return 2 * points * points * sizes.width if self.recycle else 0
 
 
-def cluster_means(
-    x: Float[Tensor, "b v d"], size: Float[Tensor, "b v"], scores: Tensor | None, selection: Selection
-) -> tuple[Tensor, Tensor]:
-    """The mean of what joins each slot, a trifle less where several do; what joins none is gone."""
-    index, into = selection.index, selection.into
-    joins = (into >= 0).to(x.dtype)
-    slot = into.clamp_min(0)
-    empty = torch.zeros_like(x[:, : index.shape[1]])
-    count = empty[:, :, 0].scatter_add(1, slot, joins)
-    total = empty.scatter_add(1, slot[:, :, None].expand_as(x), x * joins[:, :, None])
-    sizes = torch.zeros_like(size[:, : index.shape[1]]).scatter_add(1, slot, size * joins.to(size.dtype))
-    mean = total / (count + 1e-6)[:, :, None]
-    return torch.where(count[:, :, None] == 1, take(x, index), mean), sizes.clamp_min(1)
+@dataclass(frozen=True)
+class ClusterMeans(Reduce):
+    """The mean of the tokens that join each slot, divided by count + 1e-6 where several do; others are dropped."""
+
+    def __call__(self, x: Tensor, size: Tensor, scores: Any, selection: Selection) -> tuple[Tensor, Tensor]:
+        assert selection.into is not None
+        into, k = selection.into, selection.index.shape[1]
+        count = slot_sums(torch.ones_like(x[:, :, 0]), into, k)
+        mean = slot_sums(x, into, k) / (count + 1e-6)[:, :, None]
+        alone = (count == 1)[:, :, None]
+        return torch.where(alone, take(x, selection.index), mean), slot_sums(size, into, k).clamp_min(1)
+
+
+def density_peaks(
+    x: Float[Tensor, "b p d"],
+    clusters: Int[Tensor, " b"],
+    real: Bool[Tensor, "b p"],
+    noise: Float[Tensor, "b p"] | None = None,
+) -> tuple[Int[Tensor, "b p"], Int[Tensor, "b p"]]:
+    """Clusters around points of high density that are far from denser ones (DPC-KNN, as used by arXiv 2410.04417).
+
+    clusters  how many per sample; so many nearest points, itself included, make a point's density
+    real      which points there are
+    noise     added to the density, in parts of a million: breaks ties as the published code does; None: the first wins
+    Returns the points in the order in which they are centres (the first `clusters` of them are), and the cluster of
+    each.
+    """
+    x = x.float()
+    square = x.square().sum(-1)
+    distance = (square[:, :, None] + square[:, None] - 2 * x @ x.transpose(1, 2)).clamp_min(0)
+    eye = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    distance = distance.masked_fill(eye, 0.0).sqrt() / x.shape[2] ** 0.5
+    pairs = real[:, :, None] & real[:, None]
+
+    nearest = distance.masked_fill(~pairs, torch.inf).sort(dim=2).values
+    rank = torch.arange(x.shape[1], device=x.device)
+    counted = (rank < clusters[:, None, None]) & (nearest < torch.inf)
+    mean = nearest.square().masked_fill(~counted, 0.0).sum(2) / clusters[:, None]
+    density = (-mean).exp()
+    if noise is not None:
+        density = density + noise * 1e-6
+    denser = (density[:, None] > density[:, :, None]) & pairs
+    farthest = distance.masked_fill(~pairs, 0.0).amax((1, 2))
+    parent = distance.masked_fill(~denser, torch.inf).amin(2)
+    parent = torch.where(parent < torch.inf, parent, farthest[:, None])
+
+    peak = (parent * density).masked_fill(~real, -torch.inf)
+    order = peak.argsort(dim=1, descending=True, stable=True)
+    to_centre = distance.gather(2, order[:, None].expand(-1, x.shape[1], -1))
+    cluster = to_centre.masked_fill(rank >= clusters[:, None, None], torch.inf).argmin(2)
+    # A centre belongs to itself, even where two centres are the same point.
+    own = order.argsort(dim=1)
+    return order, torch.where(own < clusters[:, None], own, cluster)

@@ -1,23 +1,26 @@
-"""Token merging."""
+"""Token merging: ToMe, and ToMe+, which goes on inside the language model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
+from ivtp.core import Plan, Schedule, Shape, Stage
+from ivtp.core.reduces import Merge
+from ivtp.core.schedule import group_ends
+from ivtp.core.selects import Bipartite, Keys
 from ivtp.pruners import register_pruner
-from ivtp.pruners.sites import grouped, vision_layers
-from ivtp.pruning.cost import Shape
-from ivtp.pruning.pruner import Plan, Pruner, keys
-from ivtp.pruning.reduces import merge
-from ivtp.pruning.schedules import Cut, group_ends
-from ivtp.pruning.selects import bipartite
+from ivtp.pruners.default_layers import at_both_sites, both_ends, grouped, vision_layers
+from ivtp.registry import check_choice
 
 SCHEDULES = ("ratio", "constant", "decreasing")
 
 
 @register_pruner
 def tome(shape: Shape, keep: int, group: int | str = 1, proportional: bool = True, schedule: str = "ratio") -> Plan:
-    """ToMe (arXiv 2210.09461): in every ViT layer the most similar keys are averaged, merged tokens weigh by size.
+    """ToMe (arXiv 2210.09461): in every ViT layer the tokens with the most similar keys are averaged.
+
+    proportional  merged tokens weigh by size in attention, as published
 
     The paper merges a constant r per layer, or a number that falls to zero at the last one (`constant`, `decreasing`:
     the smallest r that meets the budget; what the last cuts would merge too much stays). By default every layer keeps
@@ -26,19 +29,41 @@ def tome(shape: Shape, keep: int, group: int | str = 1, proportional: bool = Tru
     Against the published code: none that shows in a result. It keeps the class token out of the merging (the paper does
     not say so), and truncates the falling schedule to whole numbers.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
-    layers = vision_layers(shape)
-    cuts = grouped(layers, group, shape.patches, keep)
+    check_choice("schedule", schedule, SCHEDULES)
+    cuts = grouped(shape, keep, group)
     if schedule != "ratio":
-        cuts = _by_count(
-            group_ends(layers, group), shape.patches, keep, inflect=-1.0 if schedule == "decreasing" else 0.0
-        )
+        layers = group_ends(vision_layers(shape), group)
+        cuts = _by_count(layers, shape.patches, keep, inflect=-1.0 if schedule == "decreasing" else 0.0)
     check_halving(shape.patches, cuts, group)
-    return Plan(vision=Pruner(cuts, select=bipartite, reduce=merge, metric=keys, proportional=proportional))
+    return Plan(vision=_merging(cuts, proportional))
 
 
-def check_halving(before: int, cuts: Sequence[Cut], group: int | str) -> None:
+@register_pruner
+def tome_plus(
+    shape: Shape,
+    keep: int,
+    group: int | str = 3,
+    language_group: int | str = 3,
+    part1: int | None = None,
+    proportional: bool = True,
+) -> Plan:
+    """ToMe+ (Table 7 of 10.1007/978-3-031-72643-9_13): ToMe in the ViT, then in the first LLM layers.
+
+    Merges the most similar keys at the ends of the groups that IVTP cuts in, with its shares, so that the cost is IVTP's.
+    A merged token keeps the place of the one that took it in; earlier layers keep the keys and values of both. Whether
+    sizes weigh in the language model's attention the paper does not say: they do not here.
+    """
+    vision, language, _ = both_ends(shape, "tome_plus", group, language_group, part1)
+    first, second = at_both_sites(shape, keep, vision, language)
+    check_halving(shape.patches, Schedule((*first, *second)), group)
+    return Plan(vision=_merging(first, proportional), language=_merging(second, False))
+
+
+def _merging(cuts: Schedule, proportional: bool) -> Stage:
+    return Stage(cuts, select=Bipartite(), reduce=Merge(), metric=Keys(), proportional=proportional)
+
+
+def check_halving(before: int, cuts: Schedule, group: int | str) -> None:
     """Refuse a schedule that merges more than half of the tokens in one cut."""
     for cut in cuts:
         if before - cut.keep > before // 2:
@@ -49,21 +74,16 @@ def check_halving(before: int, cuts: Sequence[Cut], group: int | str) -> None:
         before = cut.keep
 
 
-def _by_count(layers: list[int], tokens: int, keep: int, inflect: float) -> tuple[Cut, ...]:
+def _by_count(layers: list[int], tokens: int, keep: int, inflect: float) -> Schedule:
     """The published schedules with the smallest r that comes down to `keep`, which is then met exactly."""
     merges = next(
-        found for r in range(tokens + 1) if sum(found := merges_per_layer(r, len(layers), inflect)) >= tokens - keep
+        counts for r in range(tokens + 1) if sum(counts := merges_per_layer(r, len(layers), inflect)) >= tokens - keep
     )
-    cuts, left = [], tokens
-    for layer, count in zip(layers, merges, strict=True):
-        left = max(keep, left - count)
-        cuts.append(Cut(layer, left))
-    return tuple(cuts)
+    return Schedule.at(layers, [max(keep, tokens - merged) for merged in accumulate(merges)])
 
 
 def merges_per_layer(r: int | Sequence[int], layers: int, inflect: float = 0.0) -> list[int]:
-    """Merges in every layer, as the published code counts: r, tilted by `inflect` (-1: falling to 0, +1: rising from
-    0).
+    """Merges in every layer, as the published code counts: r, tilted by `inflect` (-1: down to 0, +1: up from 0).
 
     A list is taken as it is and goes on with zeros.
     """

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from ivtp.core import CutSizes, Plan, Select, Selection, Shape, Stage, Tokens
+from ivtp.core.scores import Layerwise
+from ivtp.core.selects import Hidden, cosines, descending
 from ivtp.pruners import register_pruner
-from ivtp.pruners.sites import feature_cut
-from ivtp.pruning.cost import Shape
-from ivtp.pruning.pruner import Plan, Pruner, hidden
-from ivtp.pruning.scores import Layerwise
-from ivtp.pruning.tokens import Selection, Tokens
+from ivtp.pruners.default_layers import feature_cut
+from ivtp.registry import check_range
 
 STEP = 8
 NEAR = 16
@@ -29,52 +28,48 @@ def vispruner(shape: Shape, keep: int, important_ratio: float = 0.5) -> Plan:
                and again, until the budget is met
     The rest   is dropped
     Where      behind the penultimate ViT layer
+    Budgets    192, 128, 64 of 576 (published), with position_ids=renumber
 
     The step of 8 is in the published code, not in the paper. That code fails when an odd number of tokens is left, and
     for fewer than 8 diverse tokens; here an odd one out belongs to the first set, no step removes more than half, and
     fewer than 8 diverse tokens are refused.
     """
-    if not 0 <= important_ratio <= 1:
-        raise ValueError(f"important_ratio={important_ratio} must be between 0 and 1")
+    check_range("important_ratio", important_ratio, 0, 1)
     diverse = keep - int(keep * important_ratio)
     if 0 < diverse < STEP and keep < shape.patches:
         raise ValueError(
             f"keep={keep} with important_ratio={important_ratio} leaves {diverse} diverse tokens, but vispruner needs "
             f"at least {STEP} (or none: important_ratio=1); keep more or lower important_ratio"
         )
-    return Plan(
-        vision=Pruner(feature_cut(shape, keep), Layerwise(), ImportantAndDiverse(important_ratio), metric=hidden)
-    )
+    select = ImportantAndDiverse(important_ratio)
+    return Plan(vision=Stage(feature_cut(shape, keep), Layerwise(), select, metric=Hidden()))
 
 
 @dataclass(frozen=True)
-class ImportantAndDiverse:
+class ImportantAndDiverse(Select):
     """The highest scores, and of the others those without a double, in sequence order."""
 
     important_ratio: float
 
-    def __call__(
-        self, scores: Float[Tensor, "b v"], metric: Float[Tensor, "b v d"], keep: int, tokens: Tokens
-    ) -> Selection:
+    def __call__(self, scores: Tensor, metric: Tensor, keep: int, tokens: Tokens) -> Selection:
         important = int(keep * self.important_ratio)
-        order = scores.argsort(dim=1, descending=True, stable=True)
+        order = descending(scores)
         if important == keep:
             return Selection(order[:, :keep].sort(dim=1).values)
-        metric = metric.float()
-        metric = metric / metric.norm(dim=-1, keepdim=True)
-        similarity = metric @ metric.transpose(1, 2)
         valid = tokens.of_visual(tokens.valid)
-        # Padding is everybody's double, so it goes first.
-        similarity = similarity.masked_fill(~valid[:, :, None], 2.0).masked_fill(~valid[:, None], -2.0)
+        # Padding is a double of every token, so it goes first.
+        similarity = cosines(metric, metric).masked_fill(~valid[:, :, None], 2.0).masked_fill(~valid[:, None], -2.0)
         diverse = without_doubles(similarity, order[:, important:], keep - important)
         return Selection(torch.cat([order[:, :important], diverse], 1).sort(dim=1).values)
 
-    def flops(self, v: int, keep: int, width: int, **_: int) -> int:
-        return 0 if int(keep * self.important_ratio) == keep else 2 * v * v * width
+    def flops(self, sizes: CutSizes) -> int:
+        """FLOPs of all cosines, where any token is chosen by them."""
+        return 0 if int(sizes.keep * self.important_ratio) == sizes.keep else 2 * sizes.v * sizes.v * sizes.width
 
 
-def without_doubles(similarity: Float[Tensor, "b v v"], left: Tensor, keep: int) -> Tensor:
-    """Of the tokens `left` "b r" the `keep` that stay when those with the nearest double go, `STEP` at a time.
+def without_doubles(similarity: Tensor, left: Tensor, keep: int) -> Tensor:
+    """The `keep` of the tokens `left` "b r" that stay when those with the nearest double go, `STEP` at a time, by their
+    similarity "b v v".
 
     A token's double is looked for among its `NEAR` nearest neighbours first, and in its whole row only if none of
     them is in the second set; the neighbours are renewed whenever half of the tokens are gone. The answer is exact.

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from ivtp.core import Attention, CutSizes, Plan, Score, Select, Selection, Shape, Stage, Tokens
+from ivtp.core.reduces import Merge
+from ivtp.core.scores import Layerwise, hide_padding, reference_flops, reference_row
+from ivtp.core.selects import Hidden, cosines, descending, in_own_slots
+from ivtp.core.tokens import take
 from ivtp.pruners import register_pruner
-from ivtp.pruners.sites import feature_cut, language_depth
-from ivtp.pruning.attention import Attention
-from ivtp.pruning.cost import Shape
-from ivtp.pruning.pruner import Plan, Pruner, hidden
-from ivtp.pruning.reduces import merge
-from ivtp.pruning.schedules import Cut
-from ivtp.pruning.scores import Layerwise, hide_padding, reference_flops, reference_row
-from ivtp.pruning.tokens import Selection, Tokens, take
+from ivtp.pruners.default_layers import before_language, feature_cut, language_depth
+from ivtp.registry import check_range
 
 WINDOWS = 4
 """Windows per side: 6 × 6 patches each in the published 24 × 24."""
@@ -26,8 +24,7 @@ WINDOWS = 4
 def vscan(
     shape: Shape, keep: int, vision_keep: int | None = None, local_layer: int | None = None, layer: int | None = None
 ) -> Plan:
-    """VScan (arXiv 2505.22654): CLS attention of a shallow layer inside windows and of a deep layer overall, then
-    merging.
+    """VScan (arXiv 2505.22654): CLS attention of a shallow layer inside windows and of a deep one overall, then merging.
 
     Scores     ViT: CLS rows of `local_layer` and of the penultimate layer; language: the last prompt token's attention,
                from the q and k of the layer behind the cut
@@ -37,20 +34,18 @@ def vscan(
     Where      behind the penultimate ViT layer (`vision_keep` stay, by default twice `keep`), and before language
                `layer` (by default the middle: 16 of 32). `local_layer` counts from 0 (published: 5 of 24; by default
                the same depth)
+    Budgets    192, 128, 64 of 576 behind both (published)
 
     Published code needs 24 × 24 patches, keeps fewer where half of the budget is not a multiple of 16 (70 becomes 67;
     here the deep score fills up), and compares and merges features behind the projector; here the features that
     the projector reads, so that it works on what is left. Positions are renumbered there: position_ids=renumber.
     """
-    depth = language_depth(shape, "vscan")
     deep = max(0, shape.vision.depth - 2)
     local = min(deep, round(5 * shape.vision.depth / 24)) if local_layer is None else local_layer
-    layer = max(1, depth // 2) if layer is None else layer
+    layer = max(1, language_depth(shape, "vscan") // 2) if layer is None else layer
+    language = before_language(shape, "vscan", layer, keep)
     vision_keep = min(2 * keep, shape.patches) if vision_keep is None else vision_keep
-    if not 0 <= local <= deep:
-        raise ValueError(f"local_layer={local} must be between 0 and {deep}, the layer behind which vscan cuts")
-    if not 1 <= layer <= depth - 1:
-        raise ValueError(f"layer={layer} must be between 1 and {depth - 1}: it and one before it must exist")
+    check_range("local_layer", local, 0, deep, ", the layer behind which vscan cuts")
     if not keep <= vision_keep <= shape.patches:
         raise ValueError(f"vision_keep={vision_keep} must be between keep={keep} and {shape.patches}")
     rows, columns = shape.grid
@@ -58,32 +53,33 @@ def vscan(
     smallest = (rows // WINDOWS) * (columns // WINDOWS)
     scan = TwoScans((local, deep), rows, columns, min(each, smallest))
     return Plan(
-        vision=Pruner(feature_cut(shape, vision_keep), scan, nearest_kept, merge, metric=hidden),
-        language=Pruner((Cut(layer - 1, keep, "block"),), Layerwise(needs="next")),
+        vision=Stage(feature_cut(shape, vision_keep), scan, NearestKept(), Merge(), metric=Hidden()),
+        language=Stage(language, Layerwise(needs="next")),
     )
 
 
 @dataclass(frozen=True)
-class TwoScans:
+class TwoScans(Score):
     """The deep layer's CLS row, raised above all others for the best `each` of every window by the shallow layer's."""
 
-    needs: tuple[int, ...]
+    needs: str | tuple[int, ...] = field()
     rows: int
     columns: int
     each: int
 
-    def __call__(self, seen: list[Attention], tokens: Tokens) -> Float[Tensor, "b v"]:
-        shallow, deep = (tokens.of_visual(reference_row(attention, tokens)) for attention in (seen[0], seen[-1]))
+    def __call__(self, attentions: list[Attention], tokens: Tokens) -> Tensor:
+        shallow, deep = (tokens.of_visual(reference_row(record, tokens)) for record in (attentions[0], attentions[-1]))
         window = windows(tokens.of_visual(tokens.position), self.rows, self.columns)
         # Within each window: how many come before in descending order of the shallow score.
-        order = shallow.argsort(dim=1, descending=True, stable=True)
+        order = descending(shallow)
         inside = torch.nn.functional.one_hot(window.gather(1, order), WINDOWS * WINDOWS)
         rank = (inside.cumsum(1) * inside).sum(2) - 1
         local = torch.zeros_like(shallow, dtype=torch.bool).scatter(1, order, rank < self.each)
         return hide_padding(torch.where(local, deep + 2.0, deep), tokens)
 
-    def flops(self, n: int, heads: int, head_width: int, referring: int = 1, **_: int) -> int:
-        return 2 * reference_flops(n, heads, head_width, referring)
+    def flops(self, sizes: CutSizes) -> int:
+        """FLOPs of one reference row in each layer."""
+        return 2 * reference_flops(sizes)
 
 
 def windows(position: Tensor, rows: int, columns: int) -> Tensor:
@@ -92,18 +88,14 @@ def windows(position: Tensor, rows: int, columns: int) -> Tensor:
     return row * WINDOWS // rows * WINDOWS + column * WINDOWS // columns
 
 
-def nearest_kept(scores: Float[Tensor, "b v"], metric: Float[Tensor, "b v d"], keep: int, tokens: Tokens) -> Selection:
+@dataclass(frozen=True)
+class NearestKept(Select):
     """The highest scores in sequence order; every other token joins the kept one it resembles most (cosine)."""
-    index = scores.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(dim=1).values
-    metric = metric.float()
-    metric = metric / metric.norm(dim=-1, keepdim=True)
-    into = (metric @ take(metric, index).transpose(1, 2)).argmax(2)
-    slots = torch.arange(keep, device=scores.device).expand(len(scores), -1)
-    return Selection(index, into.scatter(1, index, slots))
 
+    def __call__(self, scores: Tensor, metric: Tensor, keep: int, tokens: Tokens) -> Selection:
+        index = descending(scores)[:, :keep].sort(dim=1).values
+        return Selection(index, in_own_slots(cosines(metric, take(metric, index)).argmax(2), index))
 
-def _flops(v: int, keep: int, width: int, **_: int) -> int:
-    return 2 * v * keep * width
-
-
-nearest_kept.flops = _flops
+    def flops(self, sizes: CutSizes) -> int:
+        """FLOPs of the cosines with the kept tokens."""
+        return 2 * sizes.v * sizes.keep * sizes.width

@@ -1,174 +1,86 @@
-"""What people look at: the table, the figures, the W&B runs. Everything is drawn from the records."""
+"""Reports: table, figures, page and W&B runs, all drawn from results and outcomes on disk."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from pathlib import Path
 
-from ivtp import records
+from ivtp import results as store
 from ivtp.data.failures import answered, failures
 from ivtp.evaluation.statistics import commonest, compare
-from ivtp.report import claims, overlap, paper
-from ivtp.report.claims import judge, together
-from ivtp.report.figures import accuracy_cost, kept_tokens
-from ivtp.report.page import write_page
-from ivtp.report.tables import as_markdown, families_of, levels_of, markdown, percent, print_other, print_table
+from ivtp.report import claims, others, overlap
+from ivtp.report.claims import together, verdicts_on
+from ivtp.report.console import print_table
+from ivtp.report.page import Report, write_page
+from ivtp.report.plots import accuracy_cost, kept_tokens, save_spec
+from ivtp.report.tables import main_table, markdown
+from ivtp.results import Result
 
 
-def report(
-    folder: Path,
-    rows: list[dict],
-    compare_to: str | None,
-    data,
-    console,
-    question: str = "",
-    about: dict | None = None,
-    image_processor=None,
-) -> None:
-    """Table on the console and in table.md, accuracy_flops.png, kept_tokens.png, report.html in `folder`, and overlap.png
-    where the experiment asks for it.
+def report(folder: Path, results: list[Result], console, about: dict, data=None, image_processor=None) -> None:
+    """Print the table, and write it with figures and page into `folder`.
 
-    Beside them comparisons.json (every paired comparison, with the ids of flipped answers) and claims.json.
+    Writes table.md, accuracy_flops.png, kept_tokens.png, report.html, overlap.png where the experiment asks for it,
+    comparisons.json (every paired comparison, with the ids of flipped answers) and claims.json.
 
-    data   the data set, for kept_tokens.png; None: that picture is left as it is
-    about  of the experiment: the paper's tables shown beside ours, claims, what the pictures show, overlap
+    about  `experiment.json`: row to compare to, question, tables of the paper, claims, pictures, overlap
+    data   the data set, for kept_tokens.png; None: that picture stays as it is
     image_processor  the model's, with `data`: kept_tokens.png shows images as the model reads them
     """
-    about = about or {}
-    recorded = {row["label"]: records.read(folder / "outcomes" / f"{row['key']}.jsonl")[0] for row in rows}
-    failed = {label: failures(found) for label, found in recorded.items()}
-    rows, outcomes = together(rows, {label: answered(found) for label, found in recorded.items()})
-    against = [rows[0]["label"]] + ([compare_to] if compare_to and compare_to != rows[0]["label"] else [])
+    contents = compose(folder, results, about)
+    store.replace(folder / "comparisons.json", store.as_json(contents.comparisons, indent=1))
+    store.replace(folder / "claims.json", store.as_json(contents.claims, indent=1))
+    print_table(main_table(contents.results, contents.comparisons, brief=True), console, wrap=False)
+    for table in contents.others:
+        print_table(table, console)
+    text = markdown(contents.table, level=1) + "".join(f"\n{markdown(table)}" for table in contents.others)
+    store.replace(folder / "table.md", text.encode(errors="backslashreplace"))
+
+    written = [folder / "table.md", folder / "accuracy_flops.png"]
+    save_spec(accuracy_cost(contents.results), results[0].experiment, written[-1])
+    picture, pictures = folder / "kept_tokens.png", about.get("pictures") == "questions"
+    if data is not None and kept_tokens(contents.results, contents.outcomes, data, image_processor, picture, pictures):
+        written.append(picture)
+    if overlap.heat_map(contents.overlaps, folder / "overlap.png"):
+        written.append(folder / "overlap.png")
+    written.append(write_page(folder, contents))
+    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+
+
+def compose(folder: Path, results: list[Result], about: dict) -> Report:
+    """Read the outcomes, compare the rows, and draw up all tables."""
+    recorded = {result.label: store.read_outcomes(folder / "outcomes" / f"{result.key}.jsonl") for result in results}
+    failed = {label: failures(outcomes) for label, outcomes in recorded.items()}
+    results, outcomes = together(results, {label: answered(all_of) for label, all_of in recorded.items()})
+    first, compare_to = results[0].label, about.get("compare_to")
+    against: list[str] = list(dict.fromkeys([first, compare_to or first]))
     comparisons = {
-        row["label"]: {other: compare(outcomes[row["label"]], outcomes[other]) for other in against} for row in rows
+        result.label: {other: compare(outcomes[result.label], outcomes[other]) for other in against}
+        for result in results
     }
-    print_table(rows, comparisons, console)
-    records.replace(folder / "comparisons.json", records.as_json(comparisons, indent=1))
-    judged = judge(about.get("claims") or [], outcomes, rows[0]["experiment"])
-    records.replace(folder / "claims.json", records.as_json(judged, indent=1))
-    agreement = list(overlap.overlaps(rows, outcomes, about["overlap"])) if about.get("overlap") is not None else []
-    blind = {record["key"]: record for record in records.read(folder / "blind.jsonl")[0]}.get(about.get("blind"))
-    others = [
-        *failed_samples(failed),
-        *blind_table(rows, blind, commonest(outcomes[rows[0]["label"]])),
-        *by_difficulty(rows),
-        *other_tables(folder, rows, judged, about),
-        *map(overlap.table, agreement),
-    ]
-    for other in others:
-        print_other(*other[:3], console, *other[3:])
-    text = as_markdown(rows, comparisons) + "".join(markdown(*other) for other in others)
-    records.replace(folder / "table.md", text.encode(errors="backslashreplace"))
-    pictures = [folder / "accuracy_flops.png", folder / "kept_tokens.png"]
-    accuracy_cost(rows, pictures[0])
-    if data is None or not kept_tokens(
-        rows, outcomes, data, image_processor, pictures[1], about.get("pictures") == "questions"
-    ):
-        pictures.pop()
-    if overlap.heat_map(agreement, folder / "overlap.png"):
-        pictures.append(folder / "overlap.png")
-    pictures.append(write_page(folder, rows, outcomes, comparisons, question, compare_to, others, failed))
-    written = ", ".join(str(path) for path in [folder / "table.md", *pictures])
-    console.print(f"Written: {written}", soft_wrap=True, highlight=False)
-
-
-def check_paper(names: list[str], rows: list[dict]) -> None:
-    """Refuse tables and rows of the paper that there are none of."""
-    for name in names:
-        paper.table(name)
-    for row in rows:
-        if row.get("paper"):
-            paper.row(row["paper"])
-
-
-def failed_samples(failed: dict[str, list[dict]], most: int = 50) -> Iterator[tuple]:
-    """The table of samples without a result, of which there may be none: each with its reason, once for all rows of it."""
-    rows: dict[tuple, list[str]] = {}
-    for label, found in failed.items():
-        for outcome in found:
-            rows.setdefault((outcome["id"], outcome["cause"], outcome["failed"]), []).append(label)
-    if not rows:
-        return
-    lines = [
-        [name, cause, reason, "all" if len(labels) == len(failed) else ", ".join(labels)]
-        for (name, cause, reason), labels in rows.items()
-    ]
-    more = f" Shown: {most} of {len(lines)}; all of them are in outcomes/." if len(lines) > most else ""
-    yield (
-        "Failed samples",
-        ["sample", "", "reason", "rows"],
-        lines[:most],
-        f"They are left out of every number, and of both rows of a comparison. The next start tries them again.{more}",
+    verdicts = verdicts_on(about.get("claims") or [], outcomes, results[0].experiment)
+    section = about.get("overlap")
+    overlaps = [] if section is None else list(overlap.overlaps(results, outcomes, section))
+    blind = {result.key: result for result in store.read_results(folder / "blind.jsonl")[0]}.get(
+        str(about.get("blind"))
     )
-
-
-def blind_table(rows: list[dict], blind: dict | None, prior: dict[str, float]) -> Iterator[tuple]:
-    """The table of blind accuracy and answer prior beside the first row; nothing where `blind` was not measured."""
-    if blind is None:
-        return
-    names = [f"accuracy/{family}" for family in families_of(rows)]
-    names = ["accuracy", *(names if len(names) > 1 else [])]
-    lines = [
-        [label, *(percent(metrics.get(name)) for name in names)]
-        for label, metrics in ((rows[0]["label"], rows[0]["metrics"]), ("without images", blind["metrics"]))
+    tables = [
+        *others.failed_samples(failed),
+        *others.blind_accuracy(results, blind, commonest(outcomes[first])),
+        *others.by_difficulty(results),
+        *([claims.table(verdicts)] if verdicts else []),
+        *others.passing_words(results),
+        *others.cost_by_part(results),
+        *others.costs_of_models(folder),
+        *map(others.of_the_paper, about.get("paper") or []),
+        *map(overlap.table, overlaps),
     ]
-    lines.append(["commonest answer", *(f"{100 * prior[name]:.1f}" if name in prior else "–" for name in names)])
-    heads = ["", *(name.removeprefix("accuracy/") for name in names)]
-    note = "without images: the unpruned model reads the questions alone; commonest answer: always that of the family."
-    yield "Blind accuracy and answer prior", heads, lines, note
-
-
-def by_difficulty(rows: list[dict]) -> Iterator[tuple]:
-    """The table of accuracies per level of difficulty, where the data set states it."""
-    levels = levels_of(rows)
-    if levels:
-        lines = [
-            [row["label"], *(percent(row["metrics"].get(f"difficulty/{level}")) for level in levels)] for row in rows
-        ]
-        yield "Accuracy by difficulty", ["", *levels], lines, "Of the questions that have such a target, in %."
-
-
-def other_tables(folder: Path, rows: list[dict], judged: list[dict], about: dict) -> Iterator[tuple]:
-    """(title, heads, lines, note) of what stands below the main table, as far as this experiment has it."""
-    if judged:
-        yield (
-            "What the paper claims",
-            claims.HEADS,
-            claims.lines(judged),
-            "Differences in points, 95 % bootstrap interval.",
-        )
-    if any(row.get("words") for row in rows):
-        lines = [
-            [r["label"], ", ".join(f"{w} {100 * s:.0f}" for w, s in r["words"]["top"])] for r in rows if r.get("words")
-        ]
-        yield "Words that pass, and in how many of the questions that have them (%)", ["", "words"], lines
-    if any(row.get("counted") for row in rows):
-        yield "Where the cost goes", *parts(rows)
-    costs, _ = records.read(folder / "costs.jsonl")
-    if costs:
-        from ivtp.cost import tables
-
-        for title, heads, lines in tables(costs):
-            yield f"Closed form: {title}", heads, lines
-    for name in about.get("paper") or []:
-        yield paper.title(name), *paper.lines(name), paper.NOTE
-
-
-def parts(rows: list[dict]) -> tuple[list[str], list[list[str]], str]:
-    """Per part: FLOPs in closed form for one sample, as torch counted them on it, and measured milliseconds a question."""
-    names = ("vision", "projector", "text_encoder", "language", "pruner", "total")
-    heads = ["", *(f"{name}: closed / counted MFLOPs, ms" for name in names)]
-    lines = []
-    for row in (row for row in rows if row.get("counted")):
-        seconds = row["speed"]["parts"]
-        seconds = seconds | {"total": sum(seconds.values())}
-        line = [row["label"]]
-        for name in names:
-            closed, counted = row["counted"]["closed"][name], row["counted"]["counted"][name]
-            line.append(f"{closed / 1e6:.4g} / {counted / 1e6:.4g}, {1e3 * seconds.get(name, 0.0):.2f}")
-        lines.append(line)
-    return (
-        heads,
-        lines,
-        "Scores are counted as they run here, without forming a map; the table above takes maps as given.",
+    return Report(
+        results=results,
+        outcomes=outcomes,
+        failed=failed,
+        comparisons=comparisons,
+        claims=verdicts,
+        overlaps=overlaps,
+        table=main_table(results, comparisons),
+        others=tables,
+        question=about.get("question", ""),
+        compare_to=compare_to,
     )

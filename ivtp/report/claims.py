@@ -1,75 +1,75 @@
-"""Rows of several seeds drawn together, and what the paper claims held against our own rows."""
+"""Merged results of several seeds, and claims of the paper tested on our own rows."""
 
-from __future__ import annotations
+from dataclasses import replace
 
+from ivtp.data.outcomes import Outcome
 from ivtp.evaluation.statistics import compare, over_seeds, spread
+from ivtp.report.tables import Column, Table, interval, make_table
+from ivtp.results import Result
 
 
-def together(rows: list[dict], outcomes: dict[str, list[dict]]) -> tuple[list[dict], dict[str, list[dict]]]:
-    """One row and its outcomes in place of all the seeds of a row; rows that have none are left as they are."""
-    members: dict[str, list[dict]] = {}
-    for row in rows:
-        members.setdefault(row.get("seeds_of") or row["label"], []).append(row)
-    merged = []
-    for label, group in members.items():
-        if group[0].get("seeds_of") is None:
-            merged.append(group[0])
-            continue
-        rates = [row["speed"]["questions_per_second"] for row in group if row["speed"]["questions_per_second"]]
-        speed = group[0]["speed"] | {"questions_per_second": sum(rates) / len(rates) if rates else None}
-        metrics = spread([row["metrics"] for row in group])
-        series, lost = group[0].get("series", label), [row["failed"]["n"] for row in group if row.get("failed")]
-        about = {"label": label, "series": series, "metrics": metrics, "speed": speed, "seeds": len(group)}
-        merged.append(group[0] | about | ({"failed": {"n": sum(lost)}} if lost else {}))
-    found = {}
-    for row in merged:
-        group = members[row["label"]]
-        runs = [outcomes[member["label"]] for member in group]
-        found[row["label"]] = over_seeds(runs) if group[0].get("seeds_of") else runs[0]
-    return merged, found
+def together(
+    results: list[Result], outcomes: dict[str, list[Outcome]]
+) -> tuple[list[Result], dict[str, list[Outcome]]]:
+    """Replace all seeds of a row by one result and its outcomes; rows without seeds stay as they are."""
+    members: dict[str, list[Result]] = {}
+    for result in results:
+        members.setdefault(result.seeds_of or result.label, []).append(result)
+    merged = [_merged(label, seeds) if seeds[0].seeds_of else seeds[0] for label, seeds in members.items()]
+    runs = {
+        label: over_seeds([outcomes[seed.label] for seed in seeds]) if seeds[0].seeds_of else outcomes[label]
+        for label, seeds in members.items()
+    }
+    return merged, runs
+
+
+def _merged(label: str, seeds: list[Result]) -> Result:
+    """Merge several seeds: mean metrics, their spread, mean rate, and the failures of all."""
+    rates = [rate for seed in seeds if (rate := seed.speed["questions_per_second"])]
+    speed = seeds[0].speed | {"questions_per_second": sum(rates) / len(rates) if rates else None}
+    failed = [seed.failed["n"] for seed in seeds if seed.failed]
+    return replace(
+        seeds[0],
+        label=label,
+        series=seeds[0].series or label,
+        metrics=spread([seed.metrics for seed in seeds]),
+        speed=speed,
+        seeds=len(seeds),
+        failed={"n": sum(failed)} if failed else None,
+    )
 
 
 def verdict(comparison: dict) -> str:
-    """Whether a claim of a positive difference holds: "yes", "no", or "not significant" where the interval covers zero."""
+    """Verdict on a claim of a positive difference: "yes", "no", or "not significant" if the interval covers zero."""
     low, high = comparison["interval"]
     if low is None or low != low or low <= 0 <= high:
         return "not significant"
     return "yes" if low > 0 else "no"
 
 
-def judge(claims: list[dict], outcomes: dict[str, list[dict]], experiment: str) -> list[dict]:
-    """Every claim with our difference on the same questions, its interval, and whether that agrees."""
-    judged = []
+def verdicts_on(claims: list[dict], outcomes: dict[str, list[Outcome]], experiment: str) -> list[dict]:
+    """Test every claim: our difference on the same questions, its interval, and the verdict."""
+    verdicts = []
     for claim in claims:
         better, worse = claim["rows"]
-        found = compare(outcomes[better], outcomes[worse])
-        judged.append(
-            {
-                "experiment": experiment,
-                "claim": claim["claim"],
-                "rows": claim["rows"],
-                "paper": claim.get("paper"),
-                "difference": found["difference"],
-                "interval": found["interval"],
-                "p": found["p"],
-                "n": found["n"],
-                "agrees": verdict(found),
-            }
+        comparison = compare(outcomes[better], outcomes[worse])
+        verdicts.append(
+            {"experiment": experiment, "claim": claim["claim"], "rows": claim["rows"], "paper": claim.get("paper")}
+            | {name: comparison[name] for name in ("difference", "interval", "p", "n")}
+            | {"agrees": verdict(comparison)}
         )
-    return judged
+    return verdicts
 
 
-def interval(comparison: dict) -> str:
-    """ "+2.1 [+0.4, +3.9]", in points."""
-    low, high = comparison["interval"]
-    between = "" if low is None or low != low else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * comparison['difference']:+.1f}{between}"
+COLUMNS = [
+    Column("claim", lambda claim: claim["claim"]),
+    Column("the paper's effect", lambda claim: "not printed" if claim["paper"] is None else f"{claim['paper']:+.1f}"),
+    Column("ours", lambda claim: claim if claim["n"] else None, interval),
+    Column("n", lambda claim: claim["n"]),
+    Column("agrees?", lambda claim: claim["agrees"]),
+]
 
 
-HEADS = ["claim", "the paper's effect", "ours", "n", "agrees?"]
-
-
-def lines(judged: list[dict]) -> list[list[str]]:
-    paper = ["not printed" if claim["paper"] is None else f"{claim['paper']:+.1f}" for claim in judged]
-    ours = [interval(claim) if claim["n"] else "–" for claim in judged]
-    return [[c["claim"], p, o, str(c["n"]), c["agrees"]] for c, p, o in zip(judged, paper, ours, strict=True)]
+def table(verdicts: list[dict]) -> Table:
+    """Table of the paper's claims beside our effect."""
+    return make_table("Claims of the paper", COLUMNS, verdicts, "Differences in points, 95 % bootstrap interval.")

@@ -1,6 +1,4 @@
-"""Do methods agree on what to keep? Mean Jaccard overlap of the kept tokens, between rows of the same final count."""
-
-from __future__ import annotations
+"""Agreement of methods on the kept tokens: mean Jaccard overlap between rows of the same final count."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ivtp.data.outcomes import Outcome
+from ivtp.report.tables import Table
+from ivtp.results import Result
+
 
 @dataclass(frozen=True)
 class Overlap:
-    """Rows that end with the same number of tokens: `mean[i, j]` is how much `names[i]` and `names[j]` overlap."""
+    """Overlaps among rows that end with the same number of tokens: `mean[i, j]` is that of `names[i]` and `names[j]`."""
 
     tokens: int
     patches: int
@@ -20,7 +22,7 @@ class Overlap:
 
     @property
     def chance(self) -> float:
-        """About what two independent uniform choices have: the ratio of the expected counts."""
+        """Approximate overlap of two independent uniform choices: the ratio of the expected counts."""
         return self.tokens / (2 * self.patches - self.tokens)
 
 
@@ -28,8 +30,8 @@ def jaccard(kept: list[list[list[int]]], patches: int) -> np.ndarray:
     """Mean over samples of |A ∩ B| / |A ∪ B|, between rows; kept[row][sample] lists patches. Two empty sets agree."""
     marks = np.zeros((len(kept), len(kept[0]), patches), np.float32)
     for row, samples in enumerate(kept):
-        for sample, places in enumerate(samples):
-            marks[row, sample, places] = 1
+        for sample, indices in enumerate(samples):
+            marks[row, sample, indices] = 1
     marks = marks.transpose(1, 0, 2)
     both = marks @ marks.transpose(0, 2, 1)
     count = marks.sum(2)
@@ -37,27 +39,27 @@ def jaccard(kept: list[list[list[int]]], patches: int) -> np.ndarray:
     return np.where(either > 0, both / np.maximum(either, 1), 1.0).mean(0, dtype=np.float64)
 
 
-def overlaps(rows: list[dict], outcomes: dict[str, list[dict]], section: str) -> Iterator[Overlap]:
-    """Of the rows of a section with a record of their tokens, those of the same final count; fewest tokens first."""
-    groups: dict[int, list[dict]] = {}
-    for row in rows:
-        found = outcomes[row["label"]]
-        if row["section"] == section and found and all(outcome["kept"] is not None for outcome in found):
-            groups.setdefault(row["tokens"][-1], []).append(row)
+def overlaps(results: list[Result], outcomes: dict[str, list[Outcome]], section: str) -> Iterator[Overlap]:
+    """Overlaps among the rows of a section with recorded tokens, by final count, fewest tokens first."""
+    groups: dict[int, list[Result]] = {}
+    for result in results:
+        recorded = outcomes[result.label]
+        if result.section == section and recorded and all(outcome["kept"] is not None for outcome in recorded):
+            groups.setdefault(result.tokens[-1], []).append(result)
     for tokens, group in sorted(groups.items()):
-        by_id = [{outcome["id"]: outcome["kept"] for outcome in outcomes[row["label"]]} for row in group]
-        shared = [key for key in by_id[0] if all(key in kept for kept in by_id)]
-        if len(group) < 2 or not shared:
+        by_id = [{outcome["id"]: outcome["kept"] for outcome in outcomes[result.label]} for result in group]
+        common = [name for name in by_id[0] if all(name in kept for kept in by_id)]
+        if len(group) < 2 or not common:
             continue
-        names = [row.get("series", row["label"]) for row in group]
+        names = [result.series or result.label for result in group]
         if len(set(names)) < len(names):
-            names = [row["label"] for row in group]
-        patches = rows[0]["tokens"][0]
-        yield Overlap(tokens, patches, names, jaccard([[kept[key] for key in shared] for kept in by_id], patches))
+            names = [result.label for result in group]
+        patches = results[0].tokens[0]
+        yield Overlap(tokens, patches, names, jaccard([[kept[name] for name in common] for kept in by_id], patches))
 
 
-def table(overlap: Overlap) -> tuple[str, list[str], list[list[str]], str]:
-    """(title, heads, lines, note) in percent, with the two that each row is most like."""
+def table(overlap: Overlap) -> Table:
+    """Table of overlaps in percent, with the two most similar rows of each."""
     lines = []
     for i, (name, values) in enumerate(zip(overlap.names, overlap.mean, strict=True)):
         nearest = [j for j in np.argsort(-values, kind="stable") if j != i][:2]
@@ -67,25 +69,21 @@ def table(overlap: Overlap) -> tuple[str, list[str], list[list[str]], str]:
         "Mean over questions of |A ∩ B| / |A ∪ B|, in %, of the patches that are left at the end; a merged token counts as "
         f"where it stands. Two choices by chance: about {100 * overlap.chance:.0f}. Of several seeds the first is shown."
     )
-    return (
-        f"Overlap of kept tokens, {overlap.tokens} of {overlap.patches}",
-        ["", "most like", *overlap.names],
-        lines,
-        note,
-    )
+    title = f"Overlap of kept tokens, {overlap.tokens} of {overlap.patches}"
+    return Table(title, ["row", "most like", *overlap.names], lines, note)
 
 
-def heat_map(found: list[Overlap], path: Path) -> bool:
-    """A panel per token count, methods that agree beside each other; False, and no picture, where there is none."""
-    if not found:
+def heat_map(groups: list[Overlap], path: Path) -> bool:
+    """Draw a panel per token count, methods that agree beside each other; False, and no picture, without overlaps."""
+    if not groups:
         return False
-    from ivtp.report.figures import plain, plt, save
+    from ivtp.report.plots import plain, plt, save
 
-    size = max(3.2, 0.24 * max(len(overlap.names) for overlap in found))
+    size = max(3.2, 0.24 * max(len(overlap.names) for overlap in groups))
     figure, line = plt.subplots(
-        1, len(found), figsize=(len(found) * (size + 1), size + 1), squeeze=False, layout="constrained"
+        1, len(groups), figsize=(len(groups) * (size + 1), size + 1), squeeze=False, layout="constrained"
     )
-    for axes, overlap in zip(line[0], found, strict=True):
+    for axes, overlap in zip(line[0], groups, strict=True):
         order = together(overlap.mean)
         names = [plain(overlap.names[i]) for i in order]
         image = axes.imshow(100 * overlap.mean[np.ix_(order, order)], vmin=0, vmax=100, cmap="viridis")
@@ -100,7 +98,7 @@ def heat_map(found: list[Overlap], path: Path) -> bool:
 
 
 def together(mean: np.ndarray) -> list[int]:
-    """An order in which neighbours agree: the leaves of average linkage."""
+    """Order in which neighbours agree: the leaves of average linkage."""
     from scipy.cluster.hierarchy import leaves_list, linkage
 
     above = np.triu_indices(len(mean), 1)

@@ -90,9 +90,6 @@ function setUpTable() {
 
 // Plots --------------------------------------------------------------------------------------------------------------
 
-const PALETTE = ["#4c78d0", "#e0812f", "#3f9d63", "#c8505c", "#8a67c1", "#a0785a", "#d070ae", "#6f7a86", "#a9a233", "#35a3b3"];
-const SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down"];
-
 function theme() {
   const style = getComputedStyle(document.documentElement);
   const [text, quiet, line] = ["--text", "--quiet", "--line"].map((name) => style.getPropertyValue(name).trim());
@@ -105,41 +102,14 @@ function theme() {
   };
 }
 
-// Every cell of the row, under names without signs that Vega would read. Vega-Lite writes titles into an expression and
-// escapes nothing but quotes.
-const literal = (text) => text.replace(/\\/g, "\\\\").replace(/\n/g, " ");
-const tooltip = data.heads.map((head, i) => ({ field: `c${i}`, type: "nominal", title: literal(head || "method") }));
+// Every cell of the row, under names without signs that Vega would read.
 const cellsOf = (i) => Object.fromEntries(data.cells[i].map((cell, c) => [`c${c}`, cell]));
-const seriesNames = [...new Set(rows.map((row) => row.series))];
-const sectionNames = [...new Set(rows.map((row) => row.section))];
-const color = (legend) => ({
-  field: "series", type: "nominal", title: null, scale: { domain: seriesNames, range: seriesNames.map((_, i) => PALETTE[i % PALETTE.length]) }, legend,
-});
+const points = data.plots.wide.datasets.points.map((point) => ({ ...cellsOf(point.row), ...point }));
+const color = { ...data.plots.wide.encoding.color, legend: null };
+const tooltip = data.plots.wide.layer.at(-1).encoding.tooltip;
 
-const pick = { name: "pick", select: { type: "point", fields: ["series"] }, bind: "legend" };
-const faded = (value) => ({ condition: { param: "pick", value }, value: 0.08 });
-
-function costSpec(width) {
-  const narrow = width < 640;
-  const values = rows.flatMap((row, i) => {
-    const [mean, low, high] = row.accuracy[""] ?? [null];
-    return mean === null ? [] : [{ ...cellsOf(i), label: row.label, series: row.series, section: row.section || "–", gflops: row.gflops, mean, low, high }];
-  });
-  const x = { field: "gflops", type: "quantitative", title: "GFLOPs per question", scale: { zero: false, nice: true, padding: 14 } };
-  const legend = { symbolOpacity: 1, orient: narrow ? "bottom" : "right", columns: narrow ? 1 : Math.ceil(seriesNames.length / 18) };
-  const shape = sectionNames.length > 1
-    ? { field: "section", type: "nominal", title: null, scale: { domain: sectionNames.map((s) => s || "–"), range: SHAPES }, legend } : { value: "circle" };
-  return {
-    data: { values }, width: "container", height: narrow ? 300 : 400, autosize: { type: "fit-x", contains: "padding" },
-    encoding: { x, color: color(legend) },
-    layer: [
-      { params: narrow ? [pick] : [pick, { name: "zoom", select: { type: "interval", zoom: "wheel![event.shiftKey]" }, bind: "scales" }], mark: { type: "line", strokeWidth: 1.5 },
-        encoding: { opacity: faded(0.45), y: { field: "mean", type: "quantitative", title: data.measure, scale: { zero: false, nice: true } }, detail: { field: "section" }, order: { field: "gflops" } } },
-      { mark: { type: "rule", strokeWidth: 1.5 }, encoding: { opacity: faded(0.6), y: { field: "low", type: "quantitative" }, y2: { field: "high" } } },
-      { mark: { type: "point", filled: true, size: narrow ? 90 : 75 }, encoding: { opacity: faded(1), y: { field: "mean", type: "quantitative" }, shape, tooltip } },
-    ],
-  };
-}
+// The plot is specified in plots.py; Vega writes into a specification, so it gets a copy.
+const costSpec = (width) => structuredClone({ ...data.plots[width < 640 ? "narrow" : "wide"], datasets: { points } });
 
 function familySpec(width) {
   const names = data.families;
@@ -159,7 +129,7 @@ function familySpec(width) {
       width: Math.max(70, (width - labels - 24 - 14 * columns) / columns), height: { step },
       encoding: { y: { field: "label", type: "nominal", title: null, sort: rows.map((row) => row.label), axis: { labelLimit: labels, ticks: false, domain: false } } },
       layer: [
-        { mark: { type: "bar", height: { band: 0.72 } }, encoding: { x: { field: "mean", type: "quantitative", title: null, axis: { tickCount: 4, format: ".0f" }, scale: { domainMin: 0 } }, color: color(null), tooltip } },
+        { mark: { type: "bar", height: { band: 0.72 } }, encoding: { x: { field: "mean", type: "quantitative", title: null, axis: { tickCount: 4, format: ".0f" }, scale: { domainMin: 0 } }, color, tooltip } },
         { mark: { type: "rule", strokeWidth: 1.3, color: theme().header.labelColor, opacity: 0.75 }, encoding: { x: { field: "low", type: "quantitative" }, x2: { field: "high" } } },
       ],
     },
@@ -210,8 +180,8 @@ function draw() {
   $("count").textContent = shown.length ? `${place + 1} of ${shown.length}` : "none";
   $("previous").disabled = place <= 0;
   $("next").disabled = place < 0 || place >= shown.length - 1;
-  if (sample) $("asked").replaceChildren(bdi(sample.question), " → ", make("b", {}, bdi(sample.answer)));
-  else $("asked").textContent = "No question fits this choice.";
+  if (sample) $("current").replaceChildren(bdi(sample.question), " → ", make("b", {}, bdi(sample.answer)));
+  else $("current").textContent = "No question fits this choice.";
   for (const button of $("list").querySelectorAll("button")) {
     if (Number(button.dataset.sample) === state.sample) button.setAttribute("aria-current", "true");
     else button.removeAttribute("aria-current");
@@ -243,25 +213,25 @@ function panel(side) {
   const alive = counts.map((n) => n >= cut);
   const before = counts.map((n) => n >= cut - 1);
   const kept = alive.filter(Boolean).length;
-  const on = sample.asked.filter((p) => alive[p]).length;
+  const on = sample.target.filter((p) => alive[p]).length;
   slider.setAttribute("aria-valuetext", cut ? `after cut ${cut} of ${cuts}, ${kept} tokens` : "before any cut");
   $(`picture-${side}`).append(picture(`alive-${side}`, sample, alive, before, `${kept} of ${counts.length} tokens`));
   const where = !cuts ? "never cut" : cut ? `cut ${cut} of ${cuts}: ${row.cuts[cut - 1]}` : `before the first of ${cuts} cuts`;
-  const asked = sample.asked.length ? `; ${on} of the ${sample.asked.length} asked about` : "";
-  $(`state-${side}`).append(make("strong", { textContent: `${kept} of ${counts.length} tokens` }), asked, make("br"), where);
+  const target = sample.target.length ? `; ${on} of the ${sample.target.length} target patches` : "";
+  $(`state-${side}`).append(make("strong", { textContent: `${kept} of ${counts.length} tokens` }), target, make("br"), where);
 }
 
 function picture(id, sample, alive, before, label) {
   const side = Math.round(Math.sqrt(alive.length));
   const cells = (chosen) => chosen.map((yes, p) => (yes ? `M${p % side} ${Math.floor(p / side)}h1v1h-1z` : "")).join("");
-  const asked = new Set(sample.asked);
+  const target = new Set(sample.target);
   let frame = "";
-  for (const p of asked) {
+  for (const p of target) {
     const [x, y] = [p % side, Math.floor(p / side)];
-    if (!asked.has(p - side)) frame += `M${x} ${y}h1`;
-    if (!asked.has(p + side)) frame += `M${x} ${y + 1}h1`;
-    if (x === 0 || !asked.has(p - 1)) frame += `M${x} ${y}v1`;
-    if (x === side - 1 || !asked.has(p + 1)) frame += `M${x + 1} ${y}v1`;
+    if (!target.has(p - side)) frame += `M${x} ${y}h1`;
+    if (!target.has(p + side)) frame += `M${x} ${y + 1}h1`;
+    if (x === 0 || !target.has(p - 1)) frame += `M${x} ${y}v1`;
+    if (x === side - 1 || !target.has(p + 1)) frame += `M${x + 1} ${y}v1`;
   }
   const removed = before.map((yes, p) => yes && !alive[p]);
   const strokes = removed.map((yes, p) => (yes ? `M${(p % side) + 0.3} ${Math.floor(p / side) + 0.7}l.4-.4` : "")).join("");
@@ -334,7 +304,7 @@ function list() {
     }
     button.append(answers);
     button.dataset.sample = s;
-    button.addEventListener("click", () => { state.sample = s; draw(); $("asked").scrollIntoView({ block: "start" }); });
+    button.addEventListener("click", () => { state.sample = s; draw(); $("current").scrollIntoView({ block: "start" }); });
     return make("li", {}, button);
   }));
 }
@@ -351,8 +321,8 @@ function setUpViewer() {
   $("question").addEventListener("change", (event) => { state.sample = Number(event.target.value); draw(); });
   for (const [id, step] of [["previous", -1], ["next", 1]])
     $(id).addEventListener("click", () => { state.sample = shown[shown.indexOf(state.sample) + step] ?? state.sample; draw(); });
-  // Open with something to see: an asked object, and two answers.
-  const telling = samples.findIndex((sample, s) => sample.asked?.length && differ(state.a, state.b, s));
+  // Open with something to see: target patches, and two answers.
+  const telling = samples.findIndex((sample, s) => sample.target?.length && differ(state.a, state.b, s));
   state.sample = Math.max(0, telling);
   choose();
 }

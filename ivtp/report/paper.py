@@ -1,73 +1,73 @@
-"""The paper's own numbers, shown beside ours and marked as the paper's."""
+"""Numbers of the paper, shown beside ours and marked as the paper's."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from ivtp.registry import UnknownName, unknown
 
 FILE = Path(__file__).with_name("paper.yaml")
+NOTE = "† after retraining with the method, ours are training-free; ‡ modules of its own are trained: compared in cost only."
 
 
 @cache
 def paper() -> dict:
-    """Every table and figure of the paper that numbers are known of."""
-    return OmegaConf.to_container(OmegaConf.load(FILE))
+    """Tables and figures of the paper whose numbers are known."""
+    tables: Any = OmegaConf.to_container(OmegaConf.load(FILE))
+    return tables
 
 
 def table(name: str) -> dict:
+    """Table or figure by name; raises UnknownName."""
     if name not in paper():
         raise UnknownName(unknown("table of the paper", name, paper()))
     return paper()[name]
 
 
 def row(identity: str) -> dict:
-    """The row "table1/IVTP": average, tflops, and drop against the table's unpruned model, as far as they are known."""
+    """Row such as "table1/IVTP": average, tflops, and drop and cost against the table's unpruned model, if known."""
     name, _, label = identity.partition("/")
     rows = table(name)["rows"]
     if label not in rows:
         raise UnknownName(unknown(f"row of the paper's {name}", label, rows))
-    found, base = rows[label], rows[table(name)["base"]]
-    known = "average" in found and "average" in base
+    numbers, base = rows[label], rows[table(name)["base"]]
+    known = "average" in numbers and "average" in base
     return {
-        **found,
-        "drop": round(found["average"] - base["average"], 6) if known else None,
-        "share": found["tflops"] / base["tflops"],
+        **numbers,
+        "label": label + (" ‡" if numbers.get("trained") else ""),
+        "drop": round(numbers["average"] - base["average"], 6) if known else None,
+        "share": numbers["tflops"] / base["tflops"],
         "retrained": table(name)["retrained"],
     }
 
 
-def cells(identity: str | None) -> list[str]:
-    """What a row of ours shows of its model in the paper: drop in accuracy, share of the cost."""
+def check(names: Sequence[str], rows: Sequence[dict]) -> None:
+    """Raise UnknownName for tables and rows that the paper lacks."""
+    for name in names:
+        table(name)
+    for request in rows:
+        if request.get("paper"):
+            row(request["paper"])
+
+
+def drop(identity: str | None) -> str | None:
+    """Drop in accuracy of a row of the paper, in points; "" for a row that repeats none."""
     if identity is None:
-        return ["", ""]
-    found = row(identity)
-    drop = "–" if found["drop"] is None else f"{found['drop']:+.1f}{'†' if found['retrained'] else ''}"
-    return [drop, f"{100 * found['share']:.0f} %"]
+        return ""
+    numbers = row(identity)
+    return None if numbers["drop"] is None else f"{numbers['drop']:+.1f}{'†' if numbers['retrained'] else ''}"
 
 
-def lines(name: str) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of one table of the paper: what is trained with modules of its own is marked with ‡."""
-    found = table(name)
-    columns = found.get("columns", [])
-    heads = ["", "TFLOPs", "of unpruned", *columns, "average", "drop"]
-    body = []
-    for label, cell in found["rows"].items():
-        about = row(f"{name}/{label}")
-        scores = [f"{score:.1f}" for score in cell.get("scores", [])] or ["–"] * len(columns)
-        average = f"{cell['average']:.1f}" if "average" in cell else "–"
-        drop = "–" if about["drop"] is None else f"{about['drop']:+.1f}"
-        mark = " ‡" if cell.get("trained") else ""
-        body.append([label + mark, f"{cell['tflops']:g}", f"{100 * about['share']:.1f} %", *scores, average, drop])
-    return heads, body
+def cost(identity: str | None) -> str:
+    """Cost of a row of the paper relative to its unpruned model; "" for a row that repeats none."""
+    return "" if identity is None else f"{100 * row(identity)['share']:.0f} %"
 
 
 def title(name: str) -> str:
-    found = table(name)
-    return f"The paper's own numbers, not ours. {found['title']}" + (" († retrained)" if found["retrained"] else "")
-
-
-NOTE = "† after retraining with the method, ours are training-free; ‡ modules of its own are trained: compared in cost only."
+    """Title of a table of the paper, marked as the paper's."""
+    numbers = table(name)
+    retrained = " († retrained)" if numbers["retrained"] else ""
+    return f"The paper's own numbers, not ours. {numbers['title']}{retrained}"

@@ -1,225 +1,271 @@
-"""The table of an experiment: accuracy with errors, cost, paired comparisons."""
+"""Tables as lists of columns; the main table of an experiment: accuracy with errors, cost, paired comparisons."""
 
-from __future__ import annotations
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-import math
-from collections.abc import Iterator
-
-from rich.console import Console
-from rich.table import Table
-
-from ivtp.console import PlainConsole
-from ivtp.evaluation.benchmarks import number, own, principal
-from ivtp.pruners.budget import asked
+from ivtp.evaluation.task_metrics import number, own, principal
+from ivtp.pruners.budget import in_words
 from ivtp.report import paper
-from ivtp.report.claims import interval
+from ivtp.results import Result
 from ivtp.text import one_line
 
+UNKNOWN = "–"
 
-def percent(metric: dict | None, errors: bool = True) -> str:
-    """ "71.2 ± 1.0" of a metric with mean and standard error; "–" where there is nothing to average."""
-    if not metric or not metric["n"]:
-        return "–"
-    if metric.get("sd") is not None:
-        return f"{100 * metric['mean']:.1f} ± {100 * metric['sd']:.1f} sd" if errors else f"{100 * metric['mean']:.1f}"
-    known = errors and metric["se"] is not None and metric["se"] == metric["se"]
-    return f"{100 * metric['mean']:.1f}" + (f" ± {100 * metric['se']:.1f}" if known else "")
+
+class Column(NamedTuple):
+    """Column of a table: its heading, the value of a row, and the text of a value.
+
+    A value of None is shown as "–", a text as it is. note explains the column below the table; brief is the text in a
+    terminal, if it differs.
+    """
+
+    heading: str
+    value: Callable[[Any], Any]
+    format: Callable[[Any], str] = str
+    note: str = ""
+    brief: Callable[[Any], str] | None = None
+
+    def cell(self, row: Any, brief: bool = False) -> str:
+        """Text of this column for one row."""
+        value = self.value(row)
+        if value is None or isinstance(value, str):
+            return UNKNOWN if value is None else value
+        return ((brief and self.brief) or self.format)(value)
+
+
+class Table(NamedTuple):
+    """Table as text for terminal, Markdown and page; sections names the part of the table of each line."""
+
+    title: str
+    heads: list[str]
+    lines: list[list[str]]
+    note: str = ""
+    sections: Sequence[str] = ()
+
+
+def make_table(
+    title: str,
+    columns: Sequence[Column],
+    rows: Iterable[Any],
+    note: str = "",
+    sections: Sequence[str] = (),
+    brief: bool = False,
+) -> Table:
+    """Fill in the columns for every row; their notes follow `note`."""
+    note = " ".join(filter(None, [note, *(column.note for column in columns)]))
+    lines = [[column.cell(row, brief) for column in columns] for row in rows]
+    return Table(title, [column.heading for column in columns], lines, note, sections)
+
+
+# Texts of values ----------------------------------------------------------------------------------------------------
+
+
+def percent(metric: dict, errors: bool = True) -> str:
+    """Mean and standard error of a metric, as "71.2 ± 1.0"; "–" for an empty one."""
+    if not metric["n"]:
+        return UNKNOWN
+    mean, error, sd = f"{100 * metric['mean']:.1f}", metric["se"], metric.get("sd")
+    if sd is not None and errors:
+        return f"{mean} ± {100 * sd:.1f} sd"
+    if errors and error is not None and error == error:
+        return f"{mean} ± {100 * error:.1f}"
+    return mean
+
+
+def mean_percent(metric: dict) -> str:
+    """Mean of a metric without its error."""
+    return percent(metric, errors=False)
+
+
+def ratio(value: float) -> str:
+    """Fraction in percent."""
+    return f"{100 * value:.1f} %"
+
+
+def digits(value: float) -> str:
+    """Number with four significant digits."""
+    return f"{value:.4g}"
+
+
+def interval(comparison: dict) -> str:
+    """Difference with its interval in points, as "+2.1 [+0.4, +3.9]"."""
+    low, high = comparison["interval"]
+    between = "" if low is None or low != low else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * comparison['difference']:+.1f}{between}"
 
 
 def compared(comparison: dict) -> str:
-    """ "-3.1 [-4.7, -1.5] (p=0.002)" of a paired comparison; no p where a row is a mean over seeds."""
+    """Paired comparison, as "-3.1 [-4.7, -1.5] (p=0.002)"; without p if a row is a mean over seeds."""
     if comparison["se"] is None or comparison["n"] == 0:
-        return "–"
+        return UNKNOWN
     p = comparison["p"]
     shown = "" if p is None else " (p<0.001)" if p < 0.001 else f" (p={p:.3f})"
     return interval(comparison) + shown
 
 
-def rate(row: dict) -> str:
-    """Questions per second, where the row was run without sharing work, so that it says something about the method."""
-    found = row["speed"].get("questions_per_second")
-    return f"{found:.0f}{'*' if row['speed'].get('shared') else ''}" if found else "–"
-
+# The main table -----------------------------------------------------------------------------------------------------
 
 NO_DENSE = "no dense run"
 
 
-def dense(rows: list[dict]) -> dict | None:
-    """The row that percentages of the baseline are of: unpruned, on the same model, data and code; None if there is none."""
-    same = [{key: row.get(key) for key in ("model", "data", "code")} for row in rows]
-    return next((row for row in rows if row["pruner"]["name"] == "none" and all(s == same[0] for s in same)), None)
+def dense(results: list[Result]) -> Result | None:
+    """Unpruned row on the same model, data and code, the basis of percentages; None if there is none."""
+    first = results[0]
+    same = (r for r in results if (r.model, r.data, r.code) == (first.model, first.data, first.code))
+    return next((result for result in same if result.pruner.get("name") == "none"), None)
 
 
-def share(value: float | None, whole: float | None, digits: int = 1) -> str:
-    """ "98.3 %" of the dense run's; says so where there was none."""
+def share(value: float | None, whole: float | None) -> float | str | None:
+    """Fraction of the dense run's value, or `NO_DENSE`."""
     if whole is None:
         return NO_DENSE
-    return f"{100 * value / whole:.{digits}f} %" if value is not None and whole else "–"
+    return value / whole if value is not None and whole else None
 
 
-def families_of(rows: list[dict]) -> list[str]:
-    """The families of questions of all rows; one whose questions all failed is missing in that row."""
-    names = dict.fromkeys(key for row in rows for key in row["metrics"])
-    return [name.removeprefix("accuracy/") for name in names if name.startswith("accuracy/")]
+def families_of(results: list[Result]) -> list[str]:
+    """Families of questions of all rows; a row lacks those whose questions all failed."""
+    return _groups(results, "accuracy/")
 
 
-def levels_of(rows: list[dict]) -> list[str]:
+def levels_of(results: list[Result]) -> list[str]:
     """Levels of difficulty of all rows, as "size: small"."""
-    names = dict.fromkeys(key for row in rows for key in row["metrics"])
-    return [name.removeprefix("difficulty/") for name in names if name.startswith("difficulty/")]
+    return _groups(results, "difficulty/")
 
 
-def cells(rows: list[dict], comparisons: dict, errors: bool) -> tuple[list[str], Iterator[list[str]]]:
-    """Column heads and rows, as text; `errors`: with the standard error in every column, not in the main one only."""
-    families = [f"accuracy/{family}" for family in families_of(rows)]
-    families = families if len(families) > 1 else []  # of one family the accuracy says it all
-    against = list(comparisons[rows[0]["label"]])
-    papers = any(row.get("paper") for row in rows)
-    words = any(row.get("words") for row in rows)
-    failed = any(row.get("failed") for row in rows)
-    heads = ["", "asked", "tokens", "average tokens", "GFLOPs", "of unpruned"]
-    heads += [family.removeprefix("accuracy/") for family in families]
-    metrics_of_task = own(rows[0]["metrics"])
-    top = ["top5"] if any("top5" in row["metrics"] for row in rows) else []
-    heads += ["accuracy", *top, *(name.partition("/")[2] or name for name in metrics_of_task)]
-    heads += ["of dense"] if metrics_of_task else []
-    heads += [*(f"− {other}" for other in against), "agrees", "acc_early", "hit", "share"]
-    heads += [
-        "questions/s",
-        *(["failed"] if failed else []),
-        *(["words", "no word"] if words else []),
-        *(["paper: drop", "paper: cost"] if papers else []),
+def _groups(results: list[Result], prefix: str) -> list[str]:
+    names = dict.fromkeys(name for result in results for name in result.metrics)
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def metric(heading: str, name: str, note: str = "", brief: Callable[[Any], str] | None = mean_percent) -> Column:
+    """Column of a metric in percent; a terminal shows its mean alone."""
+    return Column(heading, lambda result: result.metrics.get(name), percent, note, brief)
+
+
+def columns(results: list[Result], comparisons: dict) -> list[Column]:
+    """Columns of the main table that these results have."""
+    families, against = families_of(results), list(comparisons[results[0].label])
+    names = own(results[0].metrics)
+    base = dense(results)
+    whole, best = base and base.tflops["total"], base and principal(base.metrics)["mean"]
+
+    def difference(other: str) -> Column:
+        value = lambda r: "" if other == r.label else comparisons[r.label][other]  # noqa: E731
+        return Column(f"− {other}", value, compared)
+
+    def agreement(result: Result) -> float | None:
+        value = comparisons[result.label][against[0]]["agreement"]
+        return value if value == value else None
+
+    def any_has(name: str, *some: Column) -> tuple[Column, ...]:
+        return some if any(getattr(result, name) for result in results) else ()
+
+    return [
+        Column("row", lambda r: r.label),
+        metric("accuracy", "accuracy", brief=None),
+        Column("budget", lambda r: in_words(r.budget) if any(r.cuts.values()) else None),
+        Column("tokens", lambda r: r.tokens[-1]),
+        Column("average tokens", lambda r: r.average_tokens, digits, AVERAGE),
+        Column("GFLOPs", lambda r: 1e3 * r.tflops["total"], digits),
+        Column("of unpruned", lambda r: share(r.tflops["total"], whole), ratio),
+        # Of one family the accuracy says it all.
+        *(metric(family, f"accuracy/{family}") for family in families if len(families) > 1),
+        *([metric("top5", "top5", TOP5)] if any("top5" in result.metrics for result in results) else []),
+        *(Column(name.partition("/")[2] or name, lambda r, name=name: r.metrics.get(name), number) for name in names),
+        *([Column("of dense", lambda r: share(principal(r.metrics)["mean"], best), ratio)] if names else []),
+        *map(difference, against),
+        Column("agrees", agreement, lambda value: f"{100 * value:.1f}", "agrees: same answer as the first row."),
+        metric("early accuracy", "early_accuracy", "early accuracy: of the answer read out after part 1."),
+        metric("hit rate", "hit_rate", "hit rate: fraction of questions with a kept token on the target patches."),
+        metric("target share", "target_share", "target share: of the kept tokens, those on the target patches."),
+        Column("questions/s", rate, str, "questions/s: * with work shared between rows."),
+        *any_has("failed", Column("failed", lambda r: r.failed["n"] if r.failed else 0, str, FAILED)),
+        *any_has(
+            "words",
+            Column("words", lambda r: r.words and r.words["passing"], lambda value: f"{value:.2f}", WORDS),
+            Column("no word", lambda r: r.words and r.words["none"], lambda value: f"{100 * value:.0f} %"),
+        ),
+        *any_has(
+            "paper",
+            Column("paper: drop", lambda r: paper.drop(r.paper)),
+            Column("paper: cost", lambda r: paper.cost(r.paper), str, PAPER),
+        ),
     ]
 
-    def body() -> Iterator[list[str]]:
-        base = dense(rows)
-        whole, best = base and base["tflops"]["total"], base and principal(base["metrics"])["mean"]
-        for row in rows:
-            metrics, total = row["metrics"], row["tflops"]["total"]
-            cuts = any(row["cuts"].values())
-            line = [row["label"], asked(row["budget"]) if cuts else "–", str(row["tokens"][-1])]
-            line += [f"{row['average_tokens']:.4g}" if row.get("average_tokens") is not None else "–"]
-            line += [f"{total * 1e3:.4g}", share(total, whole)]
-            line += [percent(metrics.get(family), errors) for family in families]
-            line += [percent(metrics["accuracy"]), *(percent(metrics.get(name), errors) for name in top)]
-            line += [number(metrics[name]) if name in metrics else "–" for name in metrics_of_task]
-            line += [share(principal(metrics)["mean"], best)] if metrics_of_task else []
-            for other in against:
-                line.append("" if other == row["label"] else compared(comparisons[row["label"]][other]))
-            agreement = comparisons[row["label"]][against[0]]["agreement"]
-            line += ["–" if math.isnan(agreement) else f"{100 * agreement:.1f}"]
-            line += [percent(metrics[key], errors) for key in ("acc_early", "hit", "share")]
-            line += [rate(row)]
-            if failed:
-                line += [str(row["failed"]["n"]) if row.get("failed") else "0"]
-            if words:
-                found = row.get("words")
-                line += [f"{found['passing']:.2f}", f"{100 * found['none']:.0f} %"] if found else ["–", "–"]
-            yield line + (paper.cells(row.get("paper")) if papers else [])
 
-    return heads, body()
+AVERAGE = "average tokens: visual tokens that enter a language layer."
+TOP5 = "top5: the right class is among the five likeliest."
+FAILED = (
+    "failed: samples without a result, left out of every number; where rows have other ones, only the paired differences "
+    "are about the same questions."
+)
+PAPER = f"paper: the same row there, on LLaVA-1.5; {paper.NOTE}"
+WORDS = "words: of the instruction that pass τ, per question; no word: questions without any."
 
 
-def image_settings(rows: list[dict]) -> list[str]:
-    """Settings by which images were made ready for the model: one phrase each."""
-    model = rows[0].get("model") or {}
+def rate(result: Result) -> str | None:
+    """Questions per second; an asterisk marks a row that shared work, whose rate says nothing about its method."""
+    rate = result.speed.get("questions_per_second")
+    return f"{rate:.0f}{'*' if result.speed.get('shared') else ''}" if rate else None
+
+
+def main_table(results: list[Result], comparisons: dict, brief: bool = False) -> Table:
+    """Main table of an experiment; brief: for a terminal, with the standard error of the accuracy alone."""
+    sections = [result.section for result in results]
+    title = results[0].experiment
+    return make_table(title, columns(results, comparisons), results, preamble(results), sections, brief)
+
+
+def image_settings(results: list[Result]) -> list[str]:
+    """Settings of image preparation: one phrase each."""
+    model = results[0].model
     square = {"pad": "images padded to a square", "crop": "images cropped to a square at the centre"}
-    said = [square[model["image_padding"]]] if model.get("image_padding") in square else []
+    phrases = [square[model["image_padding"]]] if model.get("image_padding") in square else []
     if model.get("max_crops"):
-        fewer = rows[0].get("fewer_crops")
+        fewer = results[0].fewer_crops
         counted = "" if fewer is None else f" ({fewer} would have had more)"
-        said.append(f"images cut into at most {model['max_crops']} crops{counted}")
-    return said
+        phrases.append(f"images cut into at most {model['max_crops']} crops{counted}")
+    return phrases
 
 
-def notes(rows: list[dict]) -> str:
-    metrics = rows[0]["metrics"]
+def preamble(results: list[Result]) -> str:
+    """Note on all numbers of the main table; the notes of its columns follow."""
+    metrics = results[0].metrics
     n, images = principal(metrics)["n"], metrics["images"]
-    about = (
-        f"The benchmark's own metrics are in its own unit; of dense: {metrics['score']['name']}, in % of the unpruned run's. "
-        "accuracy: what each answer is worth alone. "
-        if "score" in metrics
-        else ""
-    )
-    if any(row.get("failed") for row in rows):
-        about += (
-            "failed: samples without a result, left out of every number; where rows have other ones, only the paired "
-            "differences are about the same questions. "
+    parts = [f"{phrase[0].upper()}{phrase[1:]}." for phrase in image_settings(results)]
+    if "score" in metrics:
+        parts.append(
+            f"Metrics of the benchmark task are in their own unit; of dense: {metrics['score']['name']}, in % of the "
+            "unpruned run's. accuracy: score of each answer alone."
         )
-    about += "top5: the right class is among the five likeliest. " if "top5" in metrics else ""
-    about += "".join(f"{phrase[0].upper()}{phrase[1:]}. " for phrase in image_settings(rows))
-    return about + (
+    parts.append(
         f"Accuracy in %, n = {n} questions about {images} images, ± standard error (images as clusters; sd: between seeds); "
-        "differences are paired on the same questions, with 95 % bootstrap intervals over images, p by McNemar's exact "
-        "test. average tokens: visual tokens that enter a language layer. agrees: same answer as the first row. acc_early: "
-        "answer read out after part 1. hit: some kept token lies on what is asked about; share: of the kept tokens that do. "
-        "questions/s: * with work shared between rows. words: of the instruction that pass τ, per question; no word: questions "
-        f"without any. paper: the same row there, on LLaVA-1.5; {paper.NOTE}"
+        "differences are paired on the same questions, with 95 % bootstrap intervals over images, p by McNemar's exact test."
     )
+    return " ".join(parts)
 
 
-def print_table(rows: list[dict], comparisons: dict, console: Console) -> None:
-    heads, body = cells(rows, comparisons, errors=False)
-    table = Table(title=rows[0]["experiment"], caption=notes(rows), pad_edge=False)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
-    section = rows[0]["section"]
-    for row, line in zip(rows, body, strict=True):
-        if row["section"] != section:
-            table.add_section()
-            section = row["section"]
-        table.add_row(*line)
-    show(table, console)
+# Markdown -----------------------------------------------------------------------------------------------------------
 
 
-def as_markdown(rows: list[dict], comparisons: dict) -> str:
-    heads, body = cells(rows, comparisons, errors=True)
-    lines = [
-        f"# {escape(rows[0]['experiment'])}",
-        "",
-        "| " + " | ".join(map(escape, heads)) + " |",
-        "|---" + "|--:" * (len(heads) - 1) + "|",
-    ]
-    section = None
-    for row, line in zip(rows, body, strict=True):
-        if row["section"] != section and row["section"]:
-            lines.append(f"| *{escape(row['section'])}* |" + " |" * (len(heads) - 1))
-        section = row["section"]
-        lines.append("| " + " | ".join(escape(cell) for cell in line) + " |")
-    return "\n".join([*lines, "", escape(notes(rows)), ""])
+def markdown(table: Table, level: int = 2) -> str:
+    """Text of a table in Markdown, below its title."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(map(escape, cells)) + " |"
+
+    lines = [f"{'#' * level} {escape(table.title)}", "", line(table.heads)]
+    lines.append("|---" + "|--:" * (len(table.heads) - 1) + "|")
+    section = ""
+    for i, cells in enumerate(table.lines):
+        if table.sections and table.sections[i] != section:
+            section = table.sections[i]
+            lines += [f"| *{escape(section)}* |" + " |" * (len(table.heads) - 1)] if section else []
+        lines.append(line(cells))
+    return "\n".join([*lines, *(["", escape(table.note)] if table.note else []), ""])
 
 
 def escape(text: str) -> str:
-    """A text cannot break out of its cell, be taken for HTML or code, or load an image."""
+    """Escape a text so that it cannot leave its cell, be read as HTML or code, or load an image."""
     text = one_line(text.replace("\n", " ")).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
     return text.replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
-
-
-def markdown(title: str, heads: list[str], lines: list[list[str]], note: str = "") -> str:
-    """Any other table, below the main one."""
-    rows = ["| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines]
-    head = [
-        "",
-        f"## {escape(title)}",
-        "",
-        "| " + " | ".join(map(escape, heads)) + " |",
-        "|---" + "|--:" * (len(heads) - 1) + "|",
-    ]
-    return "\n".join([*head, *rows, *(["", escape(note)] if note else []), ""])
-
-
-def print_other(title: str, heads: list[str], lines: list[list[str]], console: Console, note: str = "") -> None:
-    table = Table(title=title, caption=note or None, pad_edge=False)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i == 0 else "right", overflow="fold", max_width=60)
-    for line in lines:
-        table.add_row(*line)
-    show(table, console)
-
-
-def show(table: Table, console: Console) -> None:
-    """Print a table; to a pipe, which has no width, as wide as it is, since wrapped cells cannot be read."""
-    if not console.is_terminal:
-        width = console.measure(table, options=console.options.update(width=1000)).maximum
-        console = PlainConsole(file=console.file, width=width)
-    console.print(table)

@@ -1,44 +1,16 @@
-"""`python -m ivtp.report.wandb_view ENTITY/PROJECT`: save the view of the runs in Weights & Biases.
+"""View of a project in Weights & Biases: `python -m ivtp.report.wandb_view ENTITY/PROJECT`."""
 
-Runs are grouped by experiment, then by row; accuracy against cost, a bar per row and family, what flipped, tables with
-pictures of the kept tokens. `--experiment NAME` shows one experiment alone. Needs `pip install 'ivtp[workspaces]'` and
-a login (`wandb login`); run once per project, runs that come later appear in it by themselves.
-"""
+from importlib import import_module
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from ivtp.command import command
 from ivtp.data.scenes2 import FAMILIES
 from ivtp.registry import UserError
-from ivtp.report.wandb_run import logged_in
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return command(arguments, lambda: __doc__, lambda given: print(save(workspace(*parse(given)))))
-
-
-def parse(arguments: Sequence[str]) -> tuple[str, str, str | None]:
-    """Entity, project, experiment."""
-    rest, experiment = list(arguments), None
-    if "--experiment" in rest:
-        place = rest.index("--experiment")
-        experiment = next(iter(rest[place + 1 : place + 2]), None)
-        del rest[place : place + 2]
-        if not experiment:
-            raise UserError("--experiment needs the name of an experiment, as in: --experiment table1")
-    parts = rest[0].split("/") if len(rest) == 1 else []
-    if len(parts) != 2 or not all(parts):
-        raise UserError(f"{' '.join(rest)!r} is not of the form ENTITY/PROJECT, as in: my-team/ivtp")
-    return parts[0], parts[1], experiment
+from ivtp.report.wandb import logged_in
 
 
 def workspace(entity: str, project: str, experiment: str | None = None):
-    """The view, not saved yet: nothing is sent."""
+    """Make the view, without saving it: nothing is sent."""
     try:
-        import wandb_workspaces.reports.v2 as wr
-        import wandb_workspaces.workspaces as ws
+        wr, ws = (import_module(f"wandb_workspaces.{name}") for name in ("reports.v2", "workspaces"))
     except ImportError as error:
         raise UserError("the saved view needs wandb-workspaces: pip install 'ivtp[workspaces]'") from error
 
@@ -59,7 +31,7 @@ def workspace(entity: str, project: str, experiment: str | None = None):
     against = [
         bars("unpruned/difference", "accuracy − unpruned, same questions"),
         bars("unpruned/agreement", "same answer as unpruned"),
-        bars("hit", "a kept token lies on what is asked about"),
+        bars("hit_rate", "hit rate of the target patches"),
     ]
     wide = wr.Layout(w=24, h=12)
     tables = [wr.WeavePanelSummaryTable(table_name=name, layout=wide) for name in ("samples", "flips")]
@@ -89,7 +61,7 @@ def workspace(entity: str, project: str, experiment: str | None = None):
 
 
 def save(view) -> str:
-    """Save the view; its address."""
+    """Save the view and return its address."""
     import requests
     import wandb
 
@@ -102,4 +74,6 @@ def save(view) -> str:
 
 
 if __name__ == "__main__":
+    from ivtp.cli.wandb_view import main
+
     raise SystemExit(main())

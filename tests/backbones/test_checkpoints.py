@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import close
-from families import FAMILIES, TEXTS, batch, family, llava_1_5, photo
+from helpers.families import FAMILIES, TEXTS, batch, family, llava_1_5, photo
 
 import ivtp
 

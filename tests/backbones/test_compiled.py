@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled import answered
 from conftest import TEXTS, close, inputs, llava, plan_of
+from helpers.compiled import answered
 
 import ivtp
-from ivtp.backbones.shared import SharedVision
+from ivtp.backbones.vlm.vision_cache import VisionCache
 from ivtp.registry import UserError
 
 
@@ -22,8 +22,8 @@ def test_a_compiled_prefill_is_one_graph_with_equal_outputs():
     """A question to the data inside the loop would break the graph; what one prompt says, baked into it, would answer
     for another. In a process of its own: the checker of shapes looks at every call, which no compiler can follow."""
     methods = ["ivtp:aot_eager", "fastv:eager", "rollout:eager"]
-    env = os.environ | {"JAXTYPING_DISABLE": "1"}
-    command = [sys.executable, str(Path(__file__).parent.parent / "compiled.py"), *methods]
+    env = os.environ | {"JAXTYPING_DISABLE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "compiled.py"), *methods]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == methods
@@ -60,8 +60,8 @@ def test_the_tower_in_batches_of_its_own_sees_the_same(name):
 
     try:
         found, seen = answered(model, plan, batch, two_at_once)
-        shared = SharedVision(1 << 20)
-        again, _ = answered(model, plan, batch, two_at_once, shared=shared)
+        shared = VisionCache(1 << 20)
+        again, _ = answered(model, plan, batch, two_at_once, vision_cache=shared)
     finally:
         hook.remove()
     assert batches == [2, 1, 2, 1]

@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import TEXTS, close, images, inputs, llava, make_llava, plan_of, vision_model
-from families import batch, family
+from helpers.families import batch, family
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ivtp

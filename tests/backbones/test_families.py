@@ -1,14 +1,16 @@
 """Family × pruner × {keep all is the model, cut is masked, batch is ones, cached is recomputed}: the README's matrix."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from conftest import close, settings_of
-from families import FAMILIES, SIZES, TEXTS, batch, encode, family, llava_onevision, photo
-from reference_families import family_logits
+from helpers.families import FAMILIES, SIZES, TEXTS, batch, encode, family, llava_onevision, photo
+from helpers.reference_families import family_logits
 
 import ivtp
-from ivtp.pruning.pruner import Plan, Pruner
-from ivtp.pruning.reduces import drop
+from ivtp.core.plan import Plan, Stage
+from ivtp.core.reduces import Drop
 
 NEW = [name for name in FAMILIES if name != "llava"]
 """LLaVA-1.5 has the whole of test_every_pruner.py; here it stands for several images and prompts without any."""
@@ -16,7 +18,7 @@ PRUNERS = ivtp.list_pruners()
 TOKENS = 3
 
 
-KEEP = {"llava": 11, "llava_next": 41, "llava_onevision": 41, "qwen2_5_vl": 11, "qwen3_vl": 11, "internvl": 15}
+KEEP = defaultdict(lambda: 11, llava_next=41, llava_onevision=41, internvl=15)
 """Visual tokens of an image that stay: some of each crop."""
 
 
@@ -77,7 +79,7 @@ def test_cutting_tokens_is_hiding_them_from_the_untouched_model(kind, name):
     model, inputs = family(kind)[0], batch(kind)
     asked, plan = settings(name, model)
     for pruner in (plan.vision, plan.language):
-        if pruner is not None and not (isinstance(pruner, Pruner) and pruner.reduce is drop):
+        if pruner is not None and not (isinstance(pruner, Stage) and pruner.reduce == Drop()):
             pytest.skip(f"{name} blends what it removes into what it keeps; hiding by a mask is not the same")
     sequences, logits, trace = pruned(model, name, asked, inputs)
     full, seen = family_logits(model, inputs, sequences, trace)

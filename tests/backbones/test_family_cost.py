@@ -1,13 +1,15 @@
 """Closed-form FLOPs of every family are those that torch counts while it answers about one image."""
 
+from collections import defaultdict
+
 import pytest
-from families import FAMILIES, SIZES, TEXTS, batch, family
+from helpers.families import FAMILIES, SIZES, TEXTS, batch, family
 
 import ivtp
-from ivtp.evaluation.speed import count
-from ivtp.pruning.cost import cost
+from ivtp.core.flops import cost
+from ivtp.evaluation.profiling import count
 
-KEEP = {"llava": 11, "llava_next": 40, "llava_onevision": 40, "qwen2_5_vl": 11, "qwen3_vl": 11, "internvl": 15}
+KEEP = defaultdict(lambda: 11, llava_next=40, llava_onevision=40, internvl=15)
 SIZED = SIZES | {"llava_next": (70, 70), "llava_onevision": (70, 70), "qwen2_5_vl": (84, 56)}
 """Crops without padding to take out, windows that are all full: what the closed form is about."""
 

@@ -4,13 +4,13 @@ import json
 from io import StringIO
 
 import pytest
-from families import FAMILIES, TEXTS, family, llava_next, photo
+from helpers.families import FAMILIES, TEXTS, family, llava_next, photo
+from helpers.running import by_label, one_line, outcomes, run
 from rich.console import Console
-from running import by_label, one_line, outcomes, run
 
 import ivtp
 from ivtp.backbones import ModelError
-from ivtp.run import say_crops
+from ivtp.experiment.steps import say_crops
 
 CONFIGS = {
     "llava": "llava_1_5_7b",

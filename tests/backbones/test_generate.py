@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import KEEP, close, inputs, make_llava, make_text_encoder
 from conftest import TEXTS as SENTENCES
-from families import FAMILIES, GUIDED, TEXTS, batch, encode, family, photo
-from reference_families import family_logits
+from helpers.families import FAMILIES, GUIDED, TEXTS, batch, encode, family, photo
+from helpers.reference_families import family_logits
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer, TextStreamer
 
 import ivtp
-from ivtp.backbones.pruned_cache import PrunedLayer
-from ivtp.backbones.transformers_attention import CACHE
+from ivtp.backbones.hooks.attention_interface import CACHE
+from ivtp.backbones.language.cache import PrunedLayer
 from ivtp.registry import UserError
 
 KINDS = {"topk": "tower", "fastv": "language model", "ivtp": "both", "ats": "ragged", "tome": "merging"}
@@ -196,7 +196,7 @@ def masked_forward(model, first, sequences, trace, **position):
     """The oracle where positions were not given: LLaVA's own forward counts padding."""
     if not position:
         return family_logits(model, first, sequences, trace)[0]
-    from reference import llava_logits
+    from helpers.reference import llava_logits
 
     mask = grown(first["attention_mask"], sequences.shape[1] - first["input_ids"].shape[1])
     places = torch.arange(sequences.shape[1]).expand_as(sequences)

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ivtp
-from ivtp.backbones.guidance import Guide, OpenClipText
-from ivtp.pruning.instruction import align, pseudo_cls, relevance, squeeze, squeezed_spans
+from ivtp.backbones.text.encoders import OpenClipText
+from ivtp.backbones.text.token_relevance import Guide
+from ivtp.core.guidance import align, pseudo_cls, relevance, squeeze, squeezed_spans
 
 UNICODE = [
     "don't they've it's we'll I'm",
@@ -216,7 +217,7 @@ def test_guidance_by_hand(kind, open_clip_text):
     with ivtp.prune(model, "ivtp", keep=5) as run:
         model(**batch)
     kept = run.trace.vision
-    from reference import clip_states
+    from helpers.reference import clip_states
 
     tower = model.model.vision_tower
     cls = tower.post_layernorm(clip_states(tower, batch["pixel_values"], kept)[-1][:, 0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import close
-from families import TEXTS, family, llava_1_5, llava_next, llava_onevision, photo
+from helpers.families import TEXTS, family, llava_1_5, llava_next, llava_onevision, photo
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -20,9 +20,10 @@ from transformers import (
 
 import ivtp
 from ivtp.backbones import ModelError
-from ivtp.backbones.companions import crop_limit_of
-from ivtp.backbones.image_inputs import padded, padding_of, patch_boxes, visible_box
+from ivtp.backbones.loading.image_inputs import padded, padding_of, patch_boxes, visible_box
+from ivtp.backbones.text.pairing import crop_limit_of
 from ivtp.report.viewer import as_seen
+from ivtp.results import Result
 
 BACKENDS = {CLIPImageProcessor: LlavaImageProcessor, CLIPImageProcessorPil: LlavaImageProcessorPil}
 ODD = [(90, 30), (31, 97), (35, 36), (33, 33), (1, 7), (640, 480)]
@@ -138,13 +139,13 @@ def test_a_patch_shows_the_part_of_the_picture_that_it_is_said_to(way, size):
 
 def test_an_image_that_is_not_square_is_drawn_as_the_model_reads_it(tmp_path, monkeypatch):
     """kept_tokens.png stretched the whole picture under a grid that lies on its middle alone."""
-    from ivtp.report import figures
+    from ivtp.report import plots as figures
 
     drawn = []
     monkeypatch.setattr(figures, "overlay", lambda image, *_: (drawn.append(image), image)[1])
     image, processor = photo(30, 90), clip()
     data = [{"id": "a", "image": image, "question": "what ?", "patches": torch.zeros(25, dtype=torch.bool)}]
-    rows = [{"label": "x", "section": "", "tokens": [25, 3]}]
+    rows = [Result(label="x", tokens=[25, 3])]
     outcomes = {"x": [{"id": "a", "kept": [0, 7], "correct": True, "prediction": "y"}]}
     for own in (processor, padded(processor, "pad")):
         assert figures.kept_tokens(rows, outcomes, data, own, tmp_path / "kept.png")
@@ -254,8 +255,8 @@ def test_the_shape_for_cost_has_the_same_limit():
     """A budget is worked out for the crops that the model will see."""
     from omegaconf import OmegaConf
 
-    from ivtp.build import build_shape
-    from ivtp.config import load_config
+    from ivtp.experiment.config import load_config
+    from ivtp.experiment.planning import build_shape
 
     config = load_config(["model=llava_onevision_7b", "model.image=[1920,1920]"])
     OmegaConf.set_struct(config, False)

@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 import torch
 from conftest import close, images, inputs, llava, plan_of, vision_model
-from families import FAMILIES, batch, family
-from flash import FILES, HUB, Flash
-from towers import answers
+from helpers.families import FAMILIES, batch, family
+from helpers.flash import FILES, HUB, Flash
+from helpers.towers import answers
 from transformers import AttentionInterface, AttentionMaskInterface, integrations, modeling_flash_attention_utils
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,7 +41,7 @@ def flash(monkeypatch):
 def copied(kind: str):
     """A family's model to be given another kernel, with what belongs to it."""
     from conftest import make_text_encoder
-    from families import GUIDED
+    from helpers.families import GUIDED
 
     model, processor, _ = family(kind)
     return ivtp.load_model(deepcopy(model), processor, make_text_encoder() if kind in GUIDED else None)[0]

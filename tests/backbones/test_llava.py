@@ -5,14 +5,14 @@ import inspect
 import pytest
 import torch
 from conftest import IMAGE, KEEP, PATCHES, TEXTS, close, inputs, llava, make_llava, word_tokenizer
-from reference import hidden_from, ivtp_language, ivtp_vision, llava_logits
+from helpers.reference import hidden_from, ivtp_language, ivtp_vision, llava_logits
 from torch import nn
 from transformers import DynamicCache
 
 import ivtp
-from ivtp.pruning.pruner import Plan, Pruner
-from ivtp.pruning.schedules import Cut
-from ivtp.pruning.scores import Chance, Layerwise, Rollout
+from ivtp.core.plan import Plan, Stage
+from ivtp.core.schedule import Cut
+from ivtp.core.scores import Layerwise, Random, Rollout
 
 
 def positions(batch):
@@ -77,10 +77,10 @@ def test_no_relevant_word_means_the_projected_visual_cls_judges():
 
 
 LANGUAGE = {
-    "before the first layer": Pruner((Cut(-1, 7, "block"), Cut(3, 5)), Chance()),
-    "once, after layer 1": Pruner((Cut(1, 6, "block"),), Layerwise()),
-    "in neighbouring layers and the last": Pruner((Cut(2, 9, "attn"), Cut(3, 4, "block"), Cut(8, 3)), Rollout()),
-    "twice in one layer": Pruner((Cut(2, 9, "attn"), Cut(2, 4, "block")), Chance()),
+    "before the first layer": Stage((Cut(-1, 7, "block"), Cut(3, 5)), Random()),
+    "once, after layer 1": Stage((Cut(1, 6, "block"),), Layerwise()),
+    "in neighbouring layers and the last": Stage((Cut(2, 9, "attn"), Cut(3, 4, "block"), Cut(8, 3)), Rollout()),
+    "twice in one layer": Stage((Cut(2, 9, "attn"), Cut(2, 4, "block")), Random()),
 }
 
 

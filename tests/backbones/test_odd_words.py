@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ivtp
-from ivtp.backbones.guidance import Guide
-from ivtp.pruning.instruction import Spelled, squeeze
+from ivtp.backbones.text.token_relevance import Guide
+from ivtp.core.guidance import Spelled, squeeze
 
 PIECES = [
     "what",

@@ -5,13 +5,13 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import close
-from families import FAMILIES, TEXTS, batch, family
+from helpers.families import FAMILIES, TEXTS, batch, family
 from torch import nn
 
 import ivtp
-from ivtp.backbones.companions import guide_for
-from ivtp.backbones.packed import AVAILABLE, PackedLinear, pack
-from ivtp.evaluation.speed import flop_counter
+from ivtp.backbones.hooks.packed_linear import AVAILABLE, PackedLinear, pack
+from ivtp.backbones.text.pairing import guide_for
+from ivtp.evaluation.profiling import flop_counter
 from ivtp.registry import UserError
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this build of torch has no oneDNN, and pack says so")

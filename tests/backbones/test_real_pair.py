@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import shake
 
-from ivtp.backbones.guidance import Guide, TransformersText
+from ivtp.backbones.text.encoders import TransformersText
+from ivtp.backbones.text.token_relevance import Guide
 from ivtp.data.scenes2 import assets, make_scene
 from ivtp.data.scenes2.words import terms, vocabulary
 

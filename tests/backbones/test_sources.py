@@ -15,9 +15,9 @@ from conftest import make_llava, word_tokenizer
 
 import ivtp
 from ivtp.backbones import ModelError
-from ivtp.backbones.checkpoints import check_device, check_finite, check_sizes, read_config
-from ivtp.backbones.hub import SMALL, Checkpoint, at_revision, fetch, is_folder
-from ivtp.encoders import load_encoder
+from ivtp.backbones.loading.checks import check_device, check_finite, check_sizes, read_config
+from ivtp.backbones.loading.encoders import load_encoder
+from ivtp.backbones.loading.hub import SMALL, Checkpoint, at_revision, fetch, is_folder
 
 COMMIT = "c" * 40
 ANSWERS = {
@@ -224,12 +224,12 @@ def test_sizes_that_models_have_are_not_refused():
     from omegaconf import OmegaConf
     from transformers import AutoConfig
 
-    from ivtp.backbones import LANGUAGE
-    from ivtp.config import FOLDER
+    from ivtp.backbones.family import language_families
+    from ivtp.experiment.config import load_config, options
 
-    for path in (FOLDER / "model").glob("*.yaml"):
-        check_sizes(path.stem, OmegaConf.to_container(OmegaConf.load(path)))
-    for name in (*LANGUAGE, "clip", "siglip"):
+    for name in options("model"):
+        check_sizes(name, OmegaConf.to_container(load_config([f"model={name}"]).model))
+    for name in (*language_families(), "clip", "siglip"):
         check_sizes(name, AutoConfig.for_model(name).to_dict())
 
 
@@ -260,7 +260,7 @@ def test_a_model_with_such_a_weight_is_not_loaded():
 def test_downloads_show_their_bars_and_a_reader_may_turn_them_off():
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    from ivtp.build import quiet_libraries
+    from ivtp.experiment.planning import quiet_libraries
 
     enable_progress_bars()
     quiet_libraries()

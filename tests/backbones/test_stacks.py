@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import VISION, close, images, inputs, llava, vision_model
-from reference import dense_map, heads_of
-from towers import mixed_in, stack_of
+from helpers.reference import dense_map, heads_of
+from helpers.towers import mixed_in, stack_of
 
-from ivtp.backbones.llama import Llama
-from ivtp.pruning.tokens import Tokens
-from ivtp.pruning.traverse import Stack, traverse
+from ivtp.backbones.language.llama import Llama
+from ivtp.core.loop import Stack, traverse
+from ivtp.core.tokens import Tokens
 
 
 def mixed(attention):

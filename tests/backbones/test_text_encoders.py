@@ -14,9 +14,9 @@ from test_encoders import clip_folder
 
 import ivtp
 from ivtp.backbones import ModelError
-from ivtp.backbones.companions import text_checkpoint
-from ivtp.backbones.text_encoders import load_text_encoder, open_clip_named, text_source
-from ivtp.models import EMBEDDED
+from ivtp.backbones.loading.hub import EMBEDDED
+from ivtp.backbones.text.loading import load_text_encoder, open_clip_named, text_source
+from ivtp.backbones.text.pairing import text_checkpoint
 
 VISION = {"image_size": 35, "patch_size": 7, "width": 24, "layers": 3, "head_width": 6, "mlp_ratio": 1.5}
 TEXT = {"context_length": 19, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -168,8 +168,8 @@ def test_one_revision_not_two():
 
 def test_the_activation_is_the_tags_whatever_a_repository_says(tmp_path, monkeypatch):
     """A repository that open_clip's table lists: its weights' activation is known there."""
-    from ivtp.backbones import text_encoders
-    from ivtp.backbones.hub import Checkpoint
+    from ivtp.backbones.loading.hub import Checkpoint
+    from ivtp.backbones.text import loading as text_encoders
 
     config = {key: value for key, value in CONFIG.items() if key != "quick_gelu"}
     write(tmp_path / "clip", config)

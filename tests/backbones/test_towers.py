@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import close, images, vision_model
-from towers import answers, pooled, prefix
+from helpers.towers import answers, pooled, prefix
 
 import ivtp
 from ivtp.backbones import ModelError
@@ -122,9 +122,9 @@ def test_a_small_image_in_open_clip_has_the_position_embeddings_that_open_clip_w
 def test_a_timm_tower_inside_open_clip_is_pruned_as_timms():
     """open_clip's SigLIP and EVA models are timm's; the projection behind them counts too."""
     import open_clip
-    from pruning.test_cost import agree, counted
+    from core.test_cost import agree, counted
 
-    from ivtp.pruning.cost import cost
+    from ivtp.core.flops import cost
 
     vision = {"image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear"}
     text = {"context_length": 7, "vocab_size": 11, "width": 8, "heads": 2, "layers": 1}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ivtp.data.generation import cut, settings, stops
 from ivtp.data.questions import DataError
+from ivtp.lmms.generation import generation_settings, stop_texts, truncate
 
 
 def test_settings_that_have_a_meaning_without_sampling_are_passed_on():
@@ -17,19 +17,19 @@ def test_settings_that_have_a_meaning_without_sampling_are_passed_on():
         "until": ["x"],
         "image_aspect_ratio": "a",
     }
-    assert settings(asked) == {"max_new_tokens": 16, "num_beams": 3}
-    assert settings({}) == {"max_new_tokens": 1024}
+    assert generation_settings(asked) == {"max_new_tokens": 16, "num_beams": 3}
+    assert generation_settings({}) == {"max_new_tokens": 1024}
 
 
 @pytest.mark.parametrize("asked", [{"do_sample": True}, {"temperature": 0.7}, {"do_sample": True, "temperature": 0}])
 def test_a_task_that_samples_is_refused(asked):
     """Its answers would depend on the batch: two rows would differ for no reason of theirs."""
     with pytest.raises(DataError, match=r"samples its answers .*do_sample"):
-        settings(asked)
+        generation_settings(asked)
 
 
 def test_a_temperature_without_sampling_means_nothing():
-    assert settings({"do_sample": False, "temperature": 0.2, "max_new_tokens": 5}) == {"max_new_tokens": 5}
+    assert generation_settings({"do_sample": False, "temperature": 0.2, "max_new_tokens": 5}) == {"max_new_tokens": 5}
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_a_temperature_without_sampling_means_nothing():
     ],
 )
 def test_an_answer_ends_at_the_first_text_that_ends_it(until, text, left):
-    assert cut(text, stops({"until": until})) == left
+    assert truncate(text, stop_texts({"until": until})) == left

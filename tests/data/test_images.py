@@ -129,7 +129,7 @@ def test_a_batch_is_what_the_model_s_own_transform_makes_of_each_image():
 
     data = emoji(324, ["noto"], 6)
     batch = ImageCollate(Processor())([data[3], data[1]])
-    assert batch.inputs["pixel_values"].shape == (2, 96, 96, 3)
+    assert batch.inputs["pixel_values"].shape == (2, 124, 124, 3)
     assert [sample["id"] for sample in batch.samples] == [data.ids[3], data.ids[1]]
 
 

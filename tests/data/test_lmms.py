@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from itertools import cycle
@@ -13,20 +14,20 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from benchmark_data import ROWS, SCHEMAS, write
-from benchmarks import CLEAR, caches, command, definition, folder, replay
+from helpers.benchmark_data import ROWS, SCHEMAS, write
+from helpers.benchmarks import CLEAR, caches, command, definition, folder, replay
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from ivtp import load_model
-from ivtp.build import build_data, plan_rows, shape_of
-from ivtp.config import FOLDER, load_config
-from ivtp.data.judges import JudgeError
-from ivtp.data.lmms import LmmsTask
-from ivtp.data.lmms_tasks import load_task
 from ivtp.data.questions import DataError
-from ivtp.evaluation.benchmarks import measured
-from ivtp.evaluator import Evaluator
+from ivtp.evaluation.task_metrics import measured
+from ivtp.experiment.config import FOLDER, load_config
+from ivtp.experiment.planning import build_data, plan_rows, shape_of
+from ivtp.experiment.runner import Evaluator
+from ivtp.lmms.dataset import LmmsTask
+from ivtp.lmms.judges import JudgeError
+from ivtp.lmms.loading import load_task
 from ivtp.registry import UserError
 from ivtp.run import main
 
@@ -82,7 +83,11 @@ def test_the_twelve_benchmarks_have_a_config_and_so_have_their_traps():
 def prepared(task: LmmsTask) -> dict[str, str]:
     """Answers of which some are right, some wrong, some not to be made sense of."""
     some = cycle(["{}", "{}.", "no", "<think>no, or yes</think>{}", "B. ring", "Yes", "the {} thing"])
-    return {name: next(some).format(task._text(place)["answer"] or "zero") for name, place in task.places.items()}
+    right = {
+        place: task._text(place)["answer"] or task.task.eval_docs[place]["answers"][0]
+        for place in task.indices.values()
+    }
+    return {name: next(some).format(right[place]) for name, place in task.indices.items()}
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -91,10 +96,10 @@ def test_the_same_answers_get_the_score_that_lmms_eval_gives(name, tmp_path):
     task = task_of(name)
     answers = prepared(task)
     outcomes = [
-        {"id": key, "image": key, **task.judge(task._text(task.places[key]), text)} for key, text in answers.items()
+        {"id": key, "image": key, **task.scorer(task._text(task.indices[key]), text)} for key, text in answers.items()
     ]
     found = names(measured(task.scores(outcomes, tmp_path / "ours")))
-    theirs = replay(definition(name), {task.places[key]: text for key, text in answers.items()}, tmp_path / "theirs")
+    theirs = replay(definition(name), {task.indices[key]: text for key, text in answers.items()}, tmp_path / "theirs")
     assert found == pytest.approx(theirs) and theirs
     if name not in ("mmbench",):
         assert any(0 < value < 2000 for value in theirs.values()), "a score of nothing shows nothing"
@@ -114,9 +119,9 @@ def three_f1(outcomes: list[dict]) -> float:
 def test_pope_is_the_mean_of_three_f1_beside_the_one_of_lmms_eval(tmp_path):
     """85.9 of LLaVA-1.5 is that mean; one F1 over all questions is another number."""
     task = task_of("pope")
-    answers = ["yes", "Yes", "no", "yes", "yes", "no", "Yes", "no"]
+    answers = ["yes", "Yes", "yes", "yes", "yes", "no", "Yes", "no"]
     outcomes = [
-        {"image": str(place), **task._text(place), **task.judge(task._text(place), answers[place])}
+        {"image": str(place), **task._text(place), **task.scorer(task._text(place), answers[place])}
         for place in range(ROWS)
     ]
     found = measured(task.scores(outcomes, tmp_path))
@@ -137,13 +142,13 @@ PUBLISHED = {
         ("vqav2", "gqa", "textvqa", "pope", "mme", "mme_perception"),
         "\nAnswer the question using a single word or phrase.",
     ),
-    "textvqa_ocr": "\nReference OCR token: four, red\nAnswer the question using a single word or phrase.",
+    "textvqa_ocr": "\nReference OCR token: $64, red\nAnswer the question using a single word or phrase.",
     "vizwiz": "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
     "\nAnswer the question using a single word or phrase.",
-    "scienceqa_img": "\nD. seven\nAnswer with the option's letter from the given choices directly.",
-    "mmbench": "\nD. seven\nAnswer with the option's letter from the given choices directly.",
-    "mmbench_cn": "\nD. seven\n请直接回答选项字母。",
-    "seedbench": "\nD. seven\nAnswer with the option's letter from the given choices directly.",
+    "scienceqa_img": "\nD. black\nAnswer with the option's letter from the given choices directly.",
+    "mmbench": "\nD. black\nAnswer with the option's letter from the given choices directly.",
+    "mmbench_cn": "\nD. black\n请直接回答选项字母。",
+    "seedbench": "\nD. black\nAnswer with the option's letter from the given choices directly.",
     "llava_in_the_wild": "?",
     "mmvet": "?",
 }
@@ -176,7 +181,7 @@ def test_llava_is_asked_in_the_words_of_its_published_numbers():
 
 
 def test_the_plugin_pads_where_it_is_told_to():
-    from ivtp.lmms_plugin import Ivtp
+    from ivtp.cli.lmms_eval import Ivtp
 
     padded = Ivtp("tiny", pruner="none", image_padding="pad").processor.image_processor
     assert padded.do_pad and not getattr(Ivtp("tiny", pruner="none").processor.image_processor, "do_pad", False)
@@ -184,7 +189,7 @@ def test_the_plugin_pads_where_it_is_told_to():
 
 @pytest.mark.parametrize("token", [None, "hf_somebody"])
 def test_no_login_is_needed_for_what_a_task_loads_besides_its_documents(token, monkeypatch, tmp_path):
-    """GQA's images are a second data set, GQA-ru's are loaded when a document is shown; both with token=True."""
+    """GQA's images are a second data set, GQA-ru's are loaded when a document is request_fields; both with token=True."""
     import datasets.load
     import huggingface_hub
 
@@ -204,15 +209,15 @@ def test_no_login_is_needed_for_what_a_task_loads_besides_its_documents(token, m
     copy = write("gqa", tmp_path)  # of its own: what is prepared already would not be loaded
     for name in ("gqa", "gqa-ru"):
         task = LmmsTask(name, 324, path=str(copy))
-        shown = [task[place]["images"] for place in range(ROWS)]
-        assert [image.size for (image,) in shown] == [(144, 144)] * ROWS
+        request_fields = [task[place]["images"] for place in range(ROWS)]
+        assert [image.size for (image,) in request_fields] == [(144, 144)] * ROWS
     assert tokens == ([True] * 4 if token else [None] * 4)
     assert datasets.load.load_dataset_builder is spy
 
 
 def test_an_answer_ends_where_the_task_says():
     task = task_of("textvqa")
-    judged = task.judge(task[0], f"{task[0]['answer']} ASSISTANT: no")
+    judged = task.scorer(task[0], f"{task[0]['answer']} ASSISTANT: no")
     assert (judged["prediction"], judged["correct"]) == (task[0]["answer"], True)
 
 
@@ -226,17 +231,17 @@ def test_every_config_runs_end_to_end(name, tiny, tmp_path):
            "position_ids": "keep"}  # fmt: skip
     (planned,) = plan_rows([row], shape_of(model), 12, 10)
     evaluator = Evaluator(model, processor, data, config, tmp_path, Console(file=StringIO()))
-    record = evaluator.evaluate("key", planned, "title")
+    record = evaluator.evaluate(replace(planned, key="key"), "title")
     outcomes = evaluator.read("key")
     assert len(outcomes) == ROWS == len(data.survey.ids)
-    assert record["metrics"]["score"]["n"] == (4 if name == "mme_perception" else len(outcomes))
+    assert record.metrics["score"]["n"] == (4 if name == "mme_perception" else len(outcomes))
     images = [len(data.source[place]["images"]) for place in range(ROWS)]
     assert [len(outcome["kept"]) for outcome in outcomes] == [9 * n for n in images]
     assert (set(images) == {1, 2}) == (name == "seedbench")
-    assert sum(outcome["correct"] is not None for outcome in outcomes) == record["metrics"]["score"]["n"]
-    answers = {data.source.places[o["id"]]: o["prediction"] for o in outcomes}
+    assert sum(outcome["correct"] is not None for outcome in outcomes) == record.metrics["score"]["n"]
+    answers = {data.source.indices[o["id"]]: o["prediction"] for o in outcomes}
     theirs = replay(definition(name), answers, tmp_path / "theirs")
-    assert names(record["metrics"]) == pytest.approx(theirs) and theirs
+    assert names(record.metrics) == pytest.approx(theirs) and theirs
 
 
 # The command of lmms-eval ------------------------------------------------------------------------------------------
@@ -292,9 +297,9 @@ def test_our_loop_and_the_command_of_lmms_eval_print_the_same(prepared_in, tmp_p
 @pytest.mark.parametrize("prompt", ["<image> {question}", "chat"])
 def test_a_batch_of_requests_is_answered_as_each_alone(prompt, tiny, tmp_path):
     """lmms-eval's own models lose points in batches (its issue 635); and what it asks is what our loop asks."""
-    from ivtp.data.batches import Collate
-    from ivtp.evaluation.answer import respond
-    from ivtp.lmms_plugin import Ivtp
+    from ivtp.cli.lmms_eval import Ivtp
+    from ivtp.data.datamodule import Collate
+    from ivtp.evaluation.answering import respond
 
     task = task_of("gqa", prompt=CLEAR, chat=prompt == "chat")
     answers = {}
@@ -312,7 +317,7 @@ def test_a_batch_of_requests_is_answered_as_each_alone(prompt, tiny, tmp_path):
 
 
 def test_lmms_eval_s_command_is_told_in_words_what_cannot_be():
-    from ivtp.lmms_plugin import Ivtp
+    from ivtp.cli.lmms_eval import Ivtp
 
     with pytest.raises(UserError, match="batch_size=auto must be a whole number"):
         Ivtp("tiny", batch_size="auto")
@@ -376,20 +381,20 @@ def test_documents_of_another_schema_are_refused_before_any_model_works():
 
 
 def test_what_a_document_shows_besides_images_is_refused_with_the_reason():
-    from ivtp.data.lmms import shown
+    from ivtp.lmms.dataset import request_fields
 
     with pytest.raises(DataError, match="it shows a str, and only images"):
-        shown(["video.mp4"], "what ?", False)
+        request_fields(["video.mp4"], "what ?", False)
     messages = [
         {"role": "user", "content": [{"type": "audio", "url": {"array": []}}, {"type": "text", "text": "what ?"}]}
     ]
     with pytest.raises(DataError, match="it shows a dict"):
-        shown(messages, "what ?", True)
-    assert shown(None, "what ?", False) == {"question": "what ?", "images": []}
+        request_fields(messages, "what ?", True)
+    assert request_fields(None, "what ?", False) == {"question": "what ?", "images": []}
 
 
 def test_without_lmms_eval_it_says_what_to_install(monkeypatch):
-    from ivtp.data import lmms_tasks
+    from ivtp.lmms import loading as lmms_tasks
 
     lmms_tasks.task_index.cache_clear()
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
@@ -451,12 +456,12 @@ def test_with_a_judge_the_score_is_the_one_that_lmms_eval_gives(name, says, serv
     assert asked, "the judge was not tried before the run"
     answers = prepared(task)
     outcomes = [
-        {"id": key, "image": key, **task.judge(task._text(task.places[key]), text)} for key, text in answers.items()
+        {"id": key, "image": key, **task.scorer(task._text(task.indices[key]), text)} for key, text in answers.items()
     ]
     found = names(measured(task.scores(outcomes, tmp_path / "ours")))
     for variable, value in judge.items():
         monkeypatch.setenv(variable, value)
-    theirs = replay(definition(name), {task.places[key]: text for key, text in answers.items()}, tmp_path / "theirs")
+    theirs = replay(definition(name), {task.indices[key]: text for key, text in answers.items()}, tmp_path / "theirs")
     assert found == pytest.approx(theirs) and theirs
 
 
@@ -507,8 +512,8 @@ def test_a_percentage_of_the_baseline_needs_a_dense_run(tmp_path):
 
 def test_questions_without_an_image_are_asked_as_text(tmp_path, tiny):
     """ScienceQA whole: half of it shows nothing; its score is that of all of it."""
-    from benchmark_data import scene, scienceqa
     from datasets import Dataset, Features, Image
+    from helpers.benchmark_data import scene, scienceqa
 
     rows = [scienceqa(i, *scene(i)) | ({"image": None} if i % 2 else {}) for i in range(ROWS)]
     made = Dataset.from_list(rows)
@@ -532,7 +537,7 @@ def test_lmms_eval_changes_nothing_for_other_data():
     import subprocess
 
     code = (
-        "from PIL import ImageFile; from ivtp.data.lmms_tasks import task_index; assert 'pope' in task_index()\n"
+        "from PIL import ImageFile; from ivtp.lmms.loading import task_index; assert 'pope' in task_index()\n"
         "import lmms_eval.api.task; assert ImageFile.LOAD_TRUNCATED_IMAGES is False"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -542,7 +547,7 @@ def test_lmms_eval_changes_nothing_for_other_data():
 @pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_every_family_answers_in_its_own_chat_template(kind, tmp_path):
     """Messages with one and two images through a real processor, in batches as alone; every image has its own budget."""
-    from families import family
+    from helpers.families import family
 
     model, processor, image = family(kind)
     template = (
@@ -559,9 +564,9 @@ def test_every_family_answers_in_its_own_chat_template(kind, tmp_path):
                    "budget": {"ratio": 0.4}, "position_ids": "keep"}  # fmt: skip
             (planned,) = plan_rows([row], shape_of(model), 12, 10)
             evaluator = Evaluator(model, processor, data, config, tmp_path / str(size), Console(file=StringIO()))
-            record = evaluator.evaluate("key", planned, "title")
+            record = evaluator.evaluate(replace(planned, key="key"), "title")
             found[size] = evaluator.read("key")
-    assert record["metrics"]["seedbench/seed_all"]["n"] == ROWS
+    assert record.metrics["seedbench/seed_all"]["n"] == ROWS
     assert [(o["prediction"], o["left"]) for o in found[3]] == [(o["prediction"], o["left"]) for o in found[1]]
     one, two = (len(found[1][place]["left"]) for place in (0, 7))
     # LLaVA-OneVision shows an image among several whole, without crops: 25 tokens each.

@@ -14,9 +14,9 @@ from PIL import Image
 
 from ivtp import load_model
 from ivtp.data.images import hub_images, image_folder
-from ivtp.data.lmms import shown
 from ivtp.data.open_image import MAX_ASPECT, ImageError, image_size, open_image, to_rgb
 from ivtp.data.questions import DataError
+from ivtp.lmms.dataset import request_fields
 
 RAMP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
 """Every grey of 8 bits once, in 16 bits."""
@@ -290,16 +290,16 @@ def test_a_folder_of_classes_and_a_data_set_of_the_hub_follow_the_rule(tmp_path)
 
 
 def test_lmms_tasks_show_images_as_lmms_eval_does_but_deep_ones_scaled():
-    (seen,) = shown([Image.fromarray(RAMP)], "what ?", chat=False)["images"]
+    (seen,) = request_fields([Image.fromarray(RAMP)], "what ?", chat=False)["images"]
     assert np.abs(grey(seen).astype(int) - GREYS).max() <= 1
     hidden = Image.new("RGBA", (4, 4), (9, 8, 7, 0))
-    (seen,) = shown([hidden], "what ?", chat=False)["images"]
+    (seen,) = request_fields([hidden], "what ?", chat=False)["images"]
     assert seen.getpixel((0, 0)) == (9, 8, 7)
 
 
 def test_the_page_shows_the_image_that_the_model_saw(tmp_path):
     """A photograph that is stored on its side must not lie on its side below the kept patches."""
-    from ivtp import records
+    from ivtp import results as records
     from ivtp.data.questions import Questions
     from ivtp.report import viewer
 

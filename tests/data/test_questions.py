@@ -9,8 +9,8 @@ import os
 import sys
 
 import pytest
+from helpers.running import lines, outcomes, run
 from PIL import Image
-from running import lines, outcomes, run
 
 from ivtp.data.questions import DataError, Questions
 
@@ -309,7 +309,7 @@ def test_a_run_knows_images_by_their_files_without_decoding_them(tmp_path):
 def answered(tmp_path, row: dict, text: str, **settings) -> dict:
     row = {"id": "1", "image": None, "question": "q"} | row
     data = Questions(folder(tmp_path, row, image=False), **settings)
-    return data.judge(data[0], text)
+    return data.scorer(data[0], text)
 
 
 def test_answers_are_scored_by_the_rule_of_the_data_set(tmp_path):
@@ -357,4 +357,4 @@ def test_a_run_over_several_answers_images_and_none_of_them(tmp_path, capsys):
         for line in (tmp_path / "blank/run/table.md").read_text().splitlines()
     ]
     (heads,), (row,) = ([line for line in table if name in line] for name in ("accuracy", "topk"))
-    assert [row[heads.index(name)] for name in ("accuracy", "− unpruned", "acc_early")] == ["–"] * 3
+    assert [row[heads.index(name)] for name in ("accuracy", "− unpruned", "early accuracy")] == ["–"] * 3

@@ -7,11 +7,12 @@ import torch
 from lightning import Trainer
 
 from ivtp import load_model, load_pruner, prune, shape_of
-from ivtp.data.batches import Collate, QuestionData
+from ivtp.core.loop import Kept
+from ivtp.data.datamodule import Collate, QuestionData
 from ivtp.data.scenes2 import Scenes2
-from ivtp.evaluation.answer import Answer, normalise, seen
+from ivtp.evaluation.answering import Answer, kept_patches, normalise
+from ivtp.evaluation.isolated import OutcomeWriter
 from ivtp.pruners.planner import Planner
-from ivtp.pruning.traverse import Kept
 
 PROMPT = "<image> {question}"
 
@@ -31,12 +32,16 @@ def trainer(**more):
     return Trainer(accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False, **more)
 
 
+def answer(model, processor, **more):
+    return Answer(model, processor, plan(model), generation={"max_new_tokens": 1}, **more)
+
+
 def plan(model, name="ivtp", **settings):
     return load_pruner(name, shape_of(model), keep=16, **settings)
 
 
 def test_fit_says_that_nothing_is_trained(tiny, data):
-    module = Answer(*tiny, plan(tiny[0]), print, 1)
+    module = answer(*tiny)
     with pytest.raises(RuntimeError, match=r"evaluates frozen models and trains nothing; use Trainer\.test"):
         trainer(max_epochs=1).fit(module, datamodule=data)
     with pytest.raises(RuntimeError, match="trains nothing"):
@@ -46,7 +51,7 @@ def test_fit_says_that_nothing_is_trained(tiny, data):
 def test_no_weight_changes_and_none_belongs_to_the_module(tiny, data):
     model = tiny[0]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    module = Answer(*tiny, plan(model), lambda _: None, 1)
+    module = answer(*tiny)
     trainer().test(module, datamodule=data, verbose=False)
     assert not list(module.parameters())
     assert not any(weight.requires_grad for weight in model.parameters())
@@ -56,8 +61,8 @@ def test_no_weight_changes_and_none_belongs_to_the_module(tiny, data):
 def test_an_outcome_is_what_generate_says_under_the_same_plan(tiny, data):
     model, processor = tiny
     outcomes = []
-    trainer().test(Answer(model, processor, plan(model), outcomes.extend, 1), datamodule=data, verbose=False)
-    samples = list(data.samples())
+    trainer(callbacks=[OutcomeWriter(outcomes.extend)]).test(answer(*tiny), datamodule=data, verbose=False)
+    samples = list(data.data)
     assert [outcome["id"] for outcome in outcomes] == [sample["id"] for sample in samples]
     for sample, outcome in zip(samples, outcomes, strict=True):
         text = PROMPT.replace("{question}", sample["question"])
@@ -73,13 +78,15 @@ def test_an_outcome_is_what_generate_says_under_the_same_plan(tiny, data):
 
 def test_batches_are_handed_over_as_they_are_done(tiny, data):
     sizes = []
-    trainer().test(Answer(*tiny, plan(tiny[0]), lambda new: sizes.append(len(new)), 1), datamodule=data, verbose=False)
+    writer = OutcomeWriter(lambda new: sizes.append(len(new)))
+    trainer(callbacks=[writer]).test(answer(*tiny), datamodule=data, verbose=False)
     assert sizes == [4, 4]
 
 
 def test_the_logged_accuracy_is_that_of_the_outcomes(tiny, data):
     outcomes = []
-    (logged,) = trainer().test(Answer(*tiny, plan(tiny[0]), outcomes.extend, 1), datamodule=data, verbose=False)
+    writer = OutcomeWriter(outcomes.extend)
+    (logged,) = trainer(callbacks=[writer]).test(answer(*tiny), datamodule=data, verbose=False)
     assert logged["accuracy"] == pytest.approx(sum(o["correct"] for o in outcomes) / len(outcomes))
 
 
@@ -95,10 +102,10 @@ def test_coverage_counts_valid_kept_tokens_on_what_was_asked():
     kept = Kept(layer=1, after="attn", position=index, valid=torch.tensor([[True, True, True], [True, True, False]]))
     asked = torch.zeros(6, dtype=torch.bool)
     asked[[2, 5]] = True
-    assert seen(kept, 0, asked) == {"kept": [0, 2, 5], "hit": True, "share": pytest.approx(2 / 3)}
-    assert seen(kept, 1, asked) == {"kept": [1, 3], "hit": False, "share": 0.0}
-    assert seen(kept, 1, torch.zeros(6, dtype=torch.bool)) == {"kept": [1, 3], "hit": None, "share": None}
-    assert seen(None, 0, asked) == {"kept": None, "hit": None, "share": None}
+    assert kept_patches(kept, 0, asked) == {"kept": [0, 2, 5], "hit": True, "share": pytest.approx(2 / 3)}
+    assert kept_patches(kept, 1, asked) == {"kept": [1, 3], "hit": False, "share": 0.0}
+    assert kept_patches(kept, 1, torch.zeros(6, dtype=torch.bool)) == {"kept": [1, 3], "hit": None, "share": None}
+    assert kept_patches(None, 0, asked) == {"kept": None, "hit": None, "share": None}
 
 
 def test_what_a_picture_lived_through_does_not_depend_on_its_neighbours_images(tiny):
@@ -112,11 +119,9 @@ def test_what_a_picture_lived_through_does_not_depend_on_its_neighbours_images(t
     collate = Collate(processor, PROMPT)
     found = {}
     for samples in ([none, one, both], [one]):
-        module = Answer(
-            model, processor, Planner("ivtp", shape_of(model), {"keep": 16}), found.setdefault(len(samples), []).extend,
-            1, watch={one["id"]},
-        )  # fmt: skip
-        module.test_step(collate(samples), 0)
+        planner = Planner("ivtp", shape_of(model), {"keep": 16})
+        module = Answer(model, processor, planner, generation={"max_new_tokens": 1}, watch={one["id"]})
+        found[len(samples)] = module.test_step(collate(samples), 0)["outcomes"]
     (_, together, _), (alone,) = found[3], found[1]
     assert together == alone
     assert set(alone["lived"]) == set("0123456"), "four cuts in the tower and two in the language model"

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ivtp.data.questions import DataError
-from ivtp.evaluation.benchmarks import GROUPS, error, headline, measured, number, own, principal
 from ivtp.evaluation.statistics import mean_error
+from ivtp.evaluation.task_metrics import GROUPS, error, headline, measured, number, own, principal
 
 
 def score(values, aggregate, clusters=None, singles=None, **more):

@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import norm
 
 from ivtp.evaluation.statistics import agree, bootstrap, compare, flips, over_seeds, passing, spread
-from ivtp.report.claims import judge, together, verdict
+from ivtp.report.claims import together, verdict, verdicts_on
+from ivtp.results import Result
 
 
 def outcome(i, correct, prediction="a", image=None, **more):
@@ -105,18 +106,18 @@ def test_the_spread_between_seeds_is_the_sample_standard_deviation():
     assert spread([{"accuracy": {"mean": 0.2, "se": 0.1, "n": 9}}])["accuracy"]["sd"] is None
 
 
-def row(label, seeds_of=None):
+def row(label, seeds_of=None) -> Result:
     metrics = {"accuracy": {"mean": 0.5 if label.endswith("0") else 1.0, "se": 0.1, "n": 2}}
     speed = {"questions_per_second": 10.0, "batch_size": 1}
-    return {"label": label, "seeds_of": seeds_of, "metrics": metrics, "speed": speed}
+    return Result(label=label, seeds_of=seeds_of, metrics=metrics, speed=speed)
 
 
 def test_rows_of_several_seeds_become_one_in_their_place():
     rows = [row("unpruned"), row("random · seed 0", "random"), row("random · seed 1", "random"), row("ivtp")]
-    outcomes = {r["label"]: [outcome(0, r["label"] != "random · seed 0")] for r in rows}
+    outcomes = {r.label: [outcome(0, r.label != "random · seed 0")] for r in rows}
     merged, found = together(rows, outcomes)
-    assert [r["label"] for r in merged] == ["unpruned", "random", "ivtp"]
-    assert merged[1]["seeds"] == 2 and merged[1]["metrics"]["accuracy"]["mean"] == 0.75
+    assert [r.label for r in merged] == ["unpruned", "random", "ivtp"]
+    assert merged[1].seeds == 2 and merged[1].metrics["accuracy"]["mean"] == 0.75
     assert found["random"][0]["correct"] == 0.5 and found["ivtp"] == outcomes["ivtp"]
 
 
@@ -136,7 +137,7 @@ def test_claims_are_judged_in_the_direction_in_which_they_are_made():
         {"claim": "x", "rows": ["good", "bad"], "paper": 2.0},
         {"claim": "y", "rows": ["bad", "good"], "paper": None},
     ]
-    first, second = judge(claims, {"good": good, "bad": bad}, "table1")
+    first, second = verdicts_on(claims, {"good": good, "bad": bad}, "table1")
     assert (first["agrees"], second["agrees"]) == ("yes", "no")
     assert first["difference"] == pytest.approx(2 / 3) == -second["difference"]
 
@@ -153,6 +154,6 @@ def test_words_that_pass_are_counted_per_question_and_per_word():
         "passing": pytest.approx(2 / 3),
         "none": pytest.approx(1 / 3),
         "n": 3,
-        "top": [["red", 0.5], ["is", 1 / 3]],
+        "top": [["is", 1 / 3], ["red", 0.5]],
     }
     assert passing(said, -1)["none"] == 0 and passing(said, 1)["passing"] == 0

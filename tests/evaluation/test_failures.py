@@ -9,20 +9,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.running import lines, one_line, outcomes, run
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from running import lines, one_line, outcomes, run
 
 from ivtp import load_model, shape_of
-from ivtp.data.batches import Collate, QuestionData, Together
+from ivtp.backbones.loading.encoders import Encoder
+from ivtp.data.datamodule import Collate, QuestionData, SafeCollate
 from ivtp.data.failures import Failed, answered, failure, failures, own, read
-from ivtp.data.judges import JudgeError
 from ivtp.data.questions import DataError
 from ivtp.data.scenes2 import Scenes2
-from ivtp.encoders import Encoder
-from ivtp.evaluation.answer import JUDGE_FAILURES, Answer, FiniteLogits
-from ivtp.evaluation.benchmarks import measured
-from ivtp.evaluation.memory import check_device
+from ivtp.evaluation.answering import JUDGE_FAILURES, Answer, FiniteLogits
+from ivtp.evaluation.isolated import check_device
 from ivtp.evaluation.statistics import compare, over_seeds, spread
+from ivtp.evaluation.task_metrics import measured
+from ivtp.lmms.judges import JudgeError
 from ivtp.pruners.planner import Planner
 from ivtp.registry import UserError
 
@@ -52,10 +52,10 @@ def evaluate(
     data = QuestionData(samples, collate, size)
     found: list[dict] = []
     planner = plan if isinstance(plan, Planner) else Planner(plan, shape_of(model), {"keep": 16})
-    module = Answer(model, processor, planner, found.extend, tokens, collate=collate, **more)
+    module = Answer(model, processor, planner, generation={"max_new_tokens": tokens}, collate=collate, **more)
     with torch.inference_mode():
         for index, batch in enumerate(data.test_dataloader()):
-            module.test_step(batch, index)
+            found += module.test_step(batch, index)["outcomes"]
     return found
 
 
@@ -161,7 +161,7 @@ def test_an_error_of_the_whole_batch_is_not_blamed_on_its_samples():
             raise ValueError("together they cannot be stacked")
 
     with pytest.raises(ValueError, match="cannot be stacked"):
-        Together(collate)([{"id": "a"}, {"id": "b"}])
+        SafeCollate(collate)([{"id": "a"}, {"id": "b"}])
 
 
 def test_a_bug_in_reading_is_not_hidden():
@@ -197,7 +197,7 @@ def test_sorted_data_leaves_out_what_is_known_to_fail(tiny):
 
 def test_an_image_that_cannot_meet_the_budget_fails_alone():
     """keep=4 tokens cannot be spread over five crops, but over three; every image of a batch has its own."""
-    from families import FAMILIES, TEXTS, family, photo
+    from helpers.families import FAMILIES, TEXTS, family, photo
 
     assert "llava_next" in FAMILIES
     model, processor, image = family("llava_next")
@@ -220,12 +220,12 @@ def test_an_image_that_cannot_meet_the_budget_fails_alone():
 def test_an_answer_that_cannot_be_scored_is_kept(tiny):
     names = [sample["id"] for sample in map(Scenes2("test", 1).__getitem__, range(5))]
 
-    def judge(sample, text):
+    def scorer(sample, text):
         if sample["id"] == names[2]:
             raise DataError("the task cannot read it")
         return {"answer": sample["answer"], "prediction": text, "correct": True}
 
-    found = evaluate(*tiny, Scenes2("test", 1), judge=judge, size=5)
+    found = evaluate(*tiny, Scenes2("test", 1), scorer=scorer, size=5)
     assert [o["correct"] for o in found] == [None if i == 2 else True for i in range(8)]
     assert found[2]["failed"] == "the task cannot read it" and found[2]["prediction"]
 
@@ -233,23 +233,23 @@ def test_an_answer_that_cannot_be_scored_is_kept(tiny):
 def test_a_judge_that_is_down_ends_the_run_and_one_that_fails_now_and_then_does_not(tiny):
     calls = []
 
-    def judge(sample, text, works: Callable[[int], bool]):
+    def scorer(sample, text, works: Callable[[int], bool]):
         calls.append(sample["id"])
         if not works(len(calls)):
             raise JudgeError("the judge failed: 429")
         return {"answer": sample["answer"], "prediction": text, "correct": True}
 
-    found = evaluate(*tiny, Scenes2("test", 2), judge=lambda s, t: judge(s, t, lambda n: n % 4 == 0), tokens=2)
+    found = evaluate(*tiny, Scenes2("test", 2), scorer=lambda s, t: scorer(s, t, lambda n: n % 4 == 0), tokens=2)
     assert len(failures(found)) == 12 and len(answered(found)) == 4
     calls.clear()
     with pytest.raises(UserError, match="429; the same command goes on"):
-        evaluate(*tiny, Scenes2("test", 4), judge=lambda s, t: judge(s, t, lambda n: False), tokens=2)
+        evaluate(*tiny, Scenes2("test", 4), scorer=lambda s, t: scorer(s, t, lambda n: False), tokens=2)
     assert len(calls) == JUDGE_FAILURES
 
 
 def test_a_bug_in_judging_is_not_hidden(tiny):
     with pytest.raises(AttributeError):
-        evaluate(*tiny, Scenes2("test", 1), judge=lambda sample, text: sample.nothing)
+        evaluate(*tiny, Scenes2("test", 1), scorer=lambda sample, text: sample.nothing)
 
 
 def test_an_answer_out_of_numbers_that_are_not_finite_is_not_scored_as_wrong(tiny):
@@ -307,8 +307,8 @@ def breaking(monkeypatch, pixels: Callable[[torch.Tensor], torch.Tensor], error:
 
 def images_of(*places: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Which images of a batch are those of the emoji at these places."""
+    from ivtp.backbones.loading.encoders import load_encoder
     from ivtp.data.images import emoji
-    from ivtp.encoders import load_encoder
 
     data, prepare = emoji(324, STYLES, 4, "photo"), load_encoder("transformers", "tiny_clip").image_processor
     known = prepare(images=[data[place]["image"] for place in places], return_tensors="pt")["pixel_values"]
@@ -451,7 +451,7 @@ def test_a_sample_that_failed_in_either_row_or_seed_is_in_no_pair():
 
 def test_a_metric_of_pairs_leaves_the_image_of_a_failed_question_out():
     """MME counts both questions about an image: one that failed takes the other along, and the rest is counted."""
-    from ivtp.data.lmms import Score
+    from ivtp.lmms.dataset import Score
 
     def pairs(values):
         names = [name for name, _ in values]

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from running import lines, outcomes, run
+from helpers.running import lines, outcomes, run
 
-from ivtp.evaluation.memory import halving, out_of_memory
+from ivtp.evaluation.isolated import halving, out_of_memory
 from ivtp.registry import UserError
 
 EMOJI = ("model=tiny_clip", "data=emoji", "data.size=4", "data.background=photo", "pruner=layerwise")
@@ -53,7 +53,7 @@ def test_other_errors_are_not_held_back():
 
 def limited(monkeypatch, most: int) -> list[int]:
     """The embedded CLIP on a device whose memory holds so many images: every batch size that it was given."""
-    from ivtp.encoders import Encoder
+    from ivtp.backbones.loading.encoders import Encoder
 
     given, logits = [], Encoder.logits
 

@@ -108,8 +108,8 @@ def test_the_summary_has_every_family_and_leaves_out_what_nobody_asked():
     assert found["accuracy"]["n"] == 3
     assert found["accuracy/exist"]["mean"] == 0.5
     assert found["accuracy/count"]["mean"] == 1.0
-    assert found["acc_early"]["mean"] == pytest.approx(1 / 3)
-    assert (found["hit"]["n"], found["hit"]["mean"], found["share"]["mean"]) == (2, 0.5, 0.25)
+    assert found["early_accuracy"]["mean"] == pytest.approx(1 / 3)
+    assert (found["hit_rate"]["n"], found["hit_rate"]["mean"], found["target_share"]["mean"]) == (2, 0.5, 0.25)
     assert found["images"] == 2
 
 

@@ -8,13 +8,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from running import lines, outcomes, run
+from helpers.running import lines, outcomes, run
 
-from ivtp.config import ConfigError, load_config, variants
-from ivtp.cost import closed_form, main, tables
+from ivtp.cost import main
+from ivtp.experiment.config import ConfigError, load_config, variants
+from ivtp.experiment.costs import closed_form
+from ivtp.experiment.run import check_claims
 from ivtp.registry import UnknownName
-from ivtp.report import check_paper, paper
-from ivtp.run import check_claims
+from ivtp.report import paper
+from ivtp.report.costs import tables
+from ivtp.report.others import of_the_paper
+from ivtp.results import Result
 
 ROOT = Path(__file__).parent.parent.parent
 YAMLS = sorted((ROOT / "configs" / "experiment").glob("*.yaml"))
@@ -35,7 +39,7 @@ MODELS = {
 
 @cache
 def shape(model: str):
-    from ivtp.build import build_shape
+    from ivtp.experiment.planning import build_shape
 
     return build_shape(load_config([f"model={model}"]))
 
@@ -61,7 +65,7 @@ def test_an_experiment_asks_a_question_in_its_first_line_and_has_a_folder(path):
 @pytest.mark.parametrize("name", NAMES)
 def test_its_rows_claims_and_rows_of_the_paper_exist(name):
     config, found = load_config([f"experiment={name}"]), rows(name)
-    check_paper(config.paper, found)
+    paper.check(config.paper, found)
     check_claims(config, found)
     assert config.name == name and found[0]["pruner"]["name"] == "none"
 
@@ -124,9 +128,9 @@ def test_the_command_prints_all_rows_and_every_text_length(capsys):
 
 def test_the_papers_total_stands_only_beside_the_model_it_is_about():
     record = closed_form("llava_1_5_7b", rows("table1"), shape("llava_1_5_7b"), [512], None)
-    assert "the paper's total" in tables(record)[0][1]
-    assert "the paper's total" not in tables([r | {"model": "llava_1_5_13b"} for r in record])[0][1]
-    assert "the paper's total" not in tables([r | {"text": 128} for r in record])[0][1]
+    assert "the paper's total" in tables(record)[0].heads
+    assert "the paper's total" not in tables([r | {"model": "llava_1_5_13b"} for r in record])[0].heads
+    assert "the paper's total" not in tables([r | {"text": 128} for r in record])[0].heads
 
 
 # Rows -------------------------------------------------------------------------------------------------------------
@@ -166,9 +170,13 @@ def test_the_papers_numbers_are_those_of_its_tables():
     for name in ("table1", "table2"):
         for label, row in paper.table(name)["rows"].items():
             assert sum(row["scores"]) / 12 == pytest.approx(row["average"], abs=0.11), label  # as far as it rounds
-    assert paper.row("table1/IVTP")["drop"] == -1.0 and paper.cells("table1/IVTP") == ["-1.0†", "53 %"]
-    assert paper.cells("figure3/IVTP/64") == ["-2.5", "53 %"] and paper.cells(None) == ["", ""]
-    assert [row[0] for row in paper.lines("table1")[1] if "‡" in row[0]] == [
+    assert paper.row("table1/IVTP")["drop"] == -1.0 and [paper.drop("table1/IVTP"), paper.cost("table1/IVTP")] == [
+        "-1.0†",
+        "53 %",
+    ]
+    assert [paper.drop("figure3/IVTP/64"), paper.cost("figure3/IVTP/64")] == ["-2.5", "53 %"]
+    assert [paper.drop(None), paper.cost(None)] == ["", ""]
+    assert [row[0] for row in of_the_paper("table1").lines if "‡" in row[0]] == [
         f"{name} ‡" for name in ("Honeybee", "LLaMA-VID", "Qwen-VL resampler")
     ]
     for wrong in ("table1/IVPT", "tabel1/IVTP"):
@@ -229,7 +237,8 @@ def test_the_oracle_covers_what_is_asked_wherever_the_vision_stage_left_it():
     folder = ran("table6_instruction")
     by = {record["label"]: record for record in lines(folder / "results.jsonl")}
     oracle, guided = by["the asked object (oracle)"]["metrics"], by["OTT+TE+RT"]["metrics"]
-    assert oracle["share"]["mean"] > guided["share"]["mean"] and oracle["hit"]["mean"] >= guided["hit"]["mean"]
+    assert oracle["target_share"]["mean"] > guided["target_share"]["mean"]
+    assert oracle["hit_rate"]["mean"] >= guided["hit_rate"]["mean"]
 
 
 def test_shared_work_changes_no_outcome(tmp_path):
@@ -266,7 +275,7 @@ def test_table9_counts_what_the_closed_form_says_and_takes_time():
 
 
 def test_table3_needs_no_model(tmp_path, monkeypatch):
-    monkeypatch.setattr("ivtp.build.build_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ivtp.experiment.planning.build_model", lambda *_: pytest.fail("a model was loaded"))
     assert run("experiment=table3", output=tmp_path) == 0
     table = (tmp_path / "table3" / "table.md").read_text()
     assert re.search(r"\| unpruned \| 9\.9\d* \| 11\.7\d* \| 15\.4 \| 22\.89", table)
@@ -276,17 +285,17 @@ def test_table3_needs_no_model(tmp_path, monkeypatch):
 def test_figure5_shows_several_questions_about_one_image(monkeypatch, tmp_path):
     from transformers import AutoImageProcessor
 
+    from ivtp.backbones.loading.hub import EMBEDDED
     from ivtp.data.scenes2 import Scenes2
-    from ivtp.models import EMBEDDED
-    from ivtp.report.figures import kept_tokens
+    from ivtp.report.plots import kept_tokens
 
     data, shown, images_of = Scenes2("test", 3), [], AutoImageProcessor.from_pretrained(EMBEDDED["tiny"])
-    monkeypatch.setattr("ivtp.report.figures.overlay", lambda image, *_: (shown.append(image.tobytes()), image)[1])
-    told = [{"id": data[i]["id"], "kept": [1], "correct": True, "prediction": "x"} for i in range(len(data))]
-    rows = [{"label": "ivtp", "section": "", "tokens": [324, 1]}]
+    monkeypatch.setattr("ivtp.report.plots.overlay", lambda image, *_: (shown.append(image.tobytes()), image)[1])
+    answers = [{"id": data[i]["id"], "kept": [1], "correct": True, "prediction": "x"} for i in range(len(data))]
+    rows = [Result(label="ivtp", tokens=[324, 1])]
     for one_image, images in ((True, 1), (False, 3)):
         shown.clear()
-        kept_tokens(rows, {"ivtp": told}, data, images_of, tmp_path / "x.png", one_image)
+        kept_tokens(rows, {"ivtp": answers}, data, images_of, tmp_path / "x.png", one_image)
         assert len(shown) == 5 and len(set(shown)) == images
 
 
@@ -315,7 +324,9 @@ def test_results_are_collected_and_the_claims_are_written_from_them(tmp_path, mo
         written, text = (tmp_path / "README.md").read_text(), readme.read_text()
     assert written.startswith("before\n") and written.endswith("after\n") and "\nold\n" not in written + text
     assert written.count("[table6_instruction](table6_instruction/README.md)") == 5 and "+2.9" in written
-    assert text.endswith("end\n") and "| OTT+TE+RT |" in text and "### What the paper claims" in text
+    assert text.endswith("end\n") and "[table.md](table.md)" in text and "| OTT+TE+RT |" not in text
+    table = (tmp_path / "table6_instruction" / "table.md").read_text()
+    assert "| OTT+TE+RT |" in table and "## Claims of the paper" in table
     for record in lines(tmp_path / "table6_instruction" / "results.jsonl"):
         assert record["label"]
     assert all(p.stat().st_size <= 300_000 for p in (tmp_path / "table6_instruction").glob("*.png"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ivtp.core.flops import Layers, Shape, cost
 from ivtp.pruners import load_pruner
-from ivtp.pruners.budget import KINDS, asked, chosen, solve
-from ivtp.pruning.cost import Layers, Shape, cost
+from ivtp.pruners.budget import KINDS, chosen, in_words, solve
 from ivtp.registry import UserError
 
 VIT = Layers(24, 1024, 4096, 16, 16, 64, 2)
@@ -86,6 +86,6 @@ def test_a_method_that_cannot_go_below_some_count_says_where_it_ends():
 
 
 def test_every_kind_is_told_in_words():
-    told = [asked({kind: 0.25}) for kind in KINDS]
+    told = [in_words({kind: 0.25}) for kind in KINDS]
     assert len(set(told)) == len(KINDS) and all("0.25" in t or "25 %" in t for t in told)
     assert chosen({"keep": None, "ratio": "1/9"}) == ("ratio", "1/9")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import IMAGE, PATCHES, TEXTS, VISION, close, images, inputs, llava, plan_of, vision_model
-from reference import llava_logits
-from towers import answers, left, masked, pooled, prefix
+from helpers.reference import llava_logits
+from helpers.towers import answers, left, masked, pooled, prefix
 
 import ivtp
-from ivtp.pruning.pruner import Pruner
-from ivtp.pruning.reduces import drop
+from ivtp.core.plan import Stage
+from ivtp.core.reduces import Drop
 
 PRUNERS = ivtp.list_pruners()
 TOKENS = 4
@@ -22,7 +22,7 @@ def drops(name: str, model, **settings):
     """The plan of a pruner that only drops; skips for those that blend tokens, for which no mask is equivalent."""
     plan = plan_of(name, model, **settings)
     for pruner in (plan.vision, plan.language):
-        if pruner is not None and not (isinstance(pruner, Pruner) and pruner.reduce is drop):
+        if pruner is not None and not (isinstance(pruner, Stage) and pruner.reduce == Drop()):
             pytest.skip(f"{name} blends what it removes into what it keeps; hiding by a mask is not the same")
     if plan.vision is None and plan.language is None:
         pytest.skip(f"{name} prunes nothing; keep-everything covers it")

@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import KEEP, PATCHES, TEXTS, close, images, inputs, llava, make_timm, vision_model
-from pruning.test_cost import _encoder, agree, counted
+from core.test_cost import _encoder, agree, counted
 
 import ivtp
+from ivtp.core.flops import Layers, Shape, cost
+from ivtp.core.reduces import Merge
+from ivtp.core.selects import max_min_order
+from ivtp.core.tokens import Tokens
 from ivtp.pruners.ats import Sampled
+from ivtp.pruners.cdpruner import greedy_dpp_order
 from ivtp.pruners.prumerge import Clusters
-from ivtp.pruners.sparsevlm import kept_of, recycled
+from ivtp.pruners.resolution import Cells, cells, middles
+from ivtp.pruners.sparsevlm import density_peaks, kept_of, recycled
 from ivtp.pruners.tome import merges_per_layer
-from ivtp.pruning.clusters import density_peaks
-from ivtp.pruning.cost import Layers, Shape, as_kept, cost
-from ivtp.pruning.diversity import greedy_dpp_order, max_min_order
-from ivtp.pruning.grids import Cells, cells, middles
-from ivtp.pruning.reduces import merge
-from ivtp.pruning.tokens import Tokens
 
 VARIANTS = [
     ("ats", {"group": 1}),
@@ -83,7 +83,7 @@ def test_adaptive_methods_keep_a_different_number_per_image():
         # What is there costs less than what might have been.
         plan, shape = plan_for(name, {"keep": 11, **settings}, model), ivtp.shape_of(model)
         i = int(counts.argmin())
-        kept = as_kept(plan, [int(cut.valid[i].sum()) for cut in run.vision])
+        kept = plan.keeping([int(cut.valid[i].sum()) for cut in run.vision])
         assert kept.final == counts[i]
         assert cost(shape, kept).total < cost(shape, plan).total
 
@@ -231,7 +231,7 @@ def test_cells_share_the_grid_evenly_and_hold_their_middles(rows, columns):
 def test_pooling_to_a_third_is_plain_average_pooling():
     x = torch.randn(2, 36, 5)
     tokens = tokens_of(x)
-    out = tokens.keep(Cells(6, 6, True)(None, None, 4, tokens), merge, None)
+    out = tokens.keep(Cells(6, 6, True)(None, None, 4, tokens), Merge(), None)
     pooled = torch.nn.functional.avg_pool2d(x.transpose(1, 2).view(2, 5, 6, 6), 3).flatten(2).transpose(1, 2)
     close(out.x, pooled)
 

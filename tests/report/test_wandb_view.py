@@ -8,10 +8,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from running import by_label, one_line, outcomes, run
+from helpers.running import by_label, one_line, outcomes, run
 from test_wandb import log_records
 
-from ivtp.report.wandb_view import main, workspace
+from ivtp.cli.wandb_view import main
+from ivtp.report.wandb_view import workspace
 
 ROWS = "variants=[{label:unpruned,pruner:none},{label:random,section:floor,pruner:random}]"
 

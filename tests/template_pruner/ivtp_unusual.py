@@ -1,6 +1,6 @@
-"""A method in one file: a score, and how it is laid out over a model."""
+"""A pruner in one file: a score, and the stage and cut that use it."""
 
-from ivtp import Cut, Plan, Pruner
+from ivtp import Cut, Plan, Stage
 
 
 class Unusual:
@@ -15,4 +15,4 @@ class Unusual:
 
 def unusual(shape, keep: int, layer: int = 6) -> Plan:
     """Unusual keys stay: one cut behind the attention of ViT layer `layer`."""
-    return Plan(vision=Pruner((Cut(layer, keep),), Unusual()))
+    return Plan(vision=Stage((Cut(layer, keep),), Unusual()))

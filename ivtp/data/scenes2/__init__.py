@@ -1,12 +1,12 @@
 """`scenes2`: procedural questions about hundreds of named drawings and renders over photographed panoramas.
 
-A scene is a picture of 192x192 or 144x144 pixels (24x24 or 18x18 patches of 8): a crop of a photographed panorama, 8 to
+A scene is an image of 192x192 or 144x144 pixels (24x24 or 18x18 patches of 8): a crop of a photographed panorama, 8 to
 14 objects in several art styles (some tinted in a plain colour, turned, overlapping a little), and one to three signs.
 Eight families of questions with one right answer each; see `FAMILIES`. Every scene has a question of every family.
 
 Scenes depend on `(split, seed, index, size)` only; between versions of Pillow some pixels differ by a few levels. The
-splits differ in scenes, directions of view, fonts and furniture renders; test, style and wild see three panoramas that
-the others never do; style is drawn in an art style of its own (Twemoji), wild in clip art.
+splits differ in scenes, directions of view, fonts and furniture renders; test, style and wild use three panoramas of
+their own; style is drawn in an art style of its own (Twemoji), wild in clip art.
 
 Example:
     >>> scene, questions = make_scene("test", 0)

@@ -1,4 +1,4 @@
-"""Pictures of `scenes2` as they ship: sheets of 64-pixel sprites, panoramas, glyphs, and the index that names them."""
+"""Image assets of `scenes2`: sheets of 64-pixel sprites, panoramas, glyphs, and the index that names them."""
 
 import json
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ EMOJI = ("noto", "noto-v1", "fluent-flat", "fluent-3d", "emojione")
 """Styles of the splits train, validation and test, beside the furniture renders."""
 SPLITS = ("train", "validation", "test", "style", "wild")
 SHARES = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}
-"""Range of directions in a panorama, as shares of the full turn, that a split looks at."""
+"""Range of view directions in a panorama per split, as fractions of the full turn."""
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A kind of object: canonical name, synonyms, hypernyms (narrow first), themes, and cells by sheet."""
+    """Kind of object: canonical name, synonyms, hypernyms (narrow first), themes, and cells by sheet."""
 
     name: str
     synonyms: tuple[str, ...]
@@ -29,7 +29,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class Place:
-    """A panorama: what the place is called, whether it is indoors, and concepts that the photograph itself shows."""
+    """Panorama: file row, names, indoors or outdoors, concepts that the photograph itself shows, and first split."""
 
     row: int
     name: str
@@ -46,7 +46,7 @@ def _index() -> dict:
 
 @cache
 def concepts() -> dict[str, Concept]:
-    """All concepts by name."""
+    """Concepts by name."""
     return {
         row["name"]: Concept(
             row["name"],
@@ -61,7 +61,7 @@ def concepts() -> dict[str, Concept]:
 
 @cache
 def places(split: str) -> tuple[Place, ...]:
-    """Panoramas of a split: three are kept for test, style and wild, which see the others from new directions too."""
+    """Panoramas of a split: three are reserved for test, style and wild, which use the others from new directions too."""
     rows = [
         Place(i, row["name"], row["place"], row["where"], frozenset(row["shows"]), row["split"])
         for i, row in enumerate(_index()["places"])
@@ -71,7 +71,7 @@ def places(split: str) -> tuple[Place, ...]:
 
 @cache
 def views(name: str, split: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Sheets and cells that a split draws a concept from.
+    """Sheets and cells from which a split draws a concept.
 
     A furniture render that is one of several belongs to one split: the first to test, the second of three or more to
     validation, the others to train (and, where there are two, to validation).
@@ -81,13 +81,13 @@ def views(name: str, split: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
         return (("twemoji", sheets["twemoji"]),) if "twemoji" in sheets else ()
     if split == "wild":
         return (("wild", sheets["wild"]),) if "wild" in sheets else ()
-    found = [(style, sheets[style]) for style in EMOJI if style in sheets]
+    styles = [(style, sheets[style]) for style in EMOJI if style in sheets]
     cells = sheets.get("furniture", ())
     if len(cells) >= 3:
         cells = {"test": cells[:1], "validation": cells[1:2], "train": cells[2:]}[split]
     elif len(cells) == 2:
         cells = cells[:1] if split == "test" else cells[1:]
-    return (*found, *([("furniture", cells)] if cells else []))
+    return (*styles, *([("furniture", cells)] if cells else []))
 
 
 @cache
@@ -98,7 +98,7 @@ def _sheet(name: str) -> Image.Image:
 
 @cache
 def sprite(sheet: str, cell: int) -> Image.Image:
-    """Drawing of a concept with premultiplied alpha ("RGBa"), cropped to what is opaque."""
+    """Drawing of a concept with premultiplied alpha ("RGBa"), cropped to its opaque part."""
     index = _index()
     side, (row, column) = index["cell"], divmod(cell, index["columns"])
     image = _sheet(sheet).crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
@@ -107,7 +107,7 @@ def sprite(sheet: str, cell: int) -> Image.Image:
 
 @cache
 def panorama(row: int) -> Image.Image:
-    """One photograph, continued to the right by its own left half so that any crop lies inside."""
+    """One photograph, extended to the right by its own left half so that any crop lies inside."""
     with Image.open(FOLDER / "panoramas.webp") as image:
         stack = image.convert("RGB")
     width, height = stack.width, stack.width // 2

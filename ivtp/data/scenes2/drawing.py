@@ -1,4 +1,4 @@
-"""Draw a layout: background, shadows, objects, signs, and which pixels each of them keeps."""
+"""Draw a layout: background, shadows, objects, signs, and the visible pixels of each of them."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,7 +12,7 @@ from ivtp.data.scenes2.layout import Draft, Layout, SignDraft
 
 PATCH = 8
 VISIBLE = 0.8
-"""Share of an object's pixels that others leave uncovered, at least."""
+"""Least fraction of an object's pixels that others leave uncovered."""
 _TRIES = 40
 _LEAST_SHARE = 1 / 16  # of a patch that an object fills, for the patch to count as showing it
 _UPRIGHT = frozenset({"stop sign", "calendar", "keyboard", "dice", "stopwatch", "pool ball", "slot machine", "ruler"})
@@ -34,7 +34,7 @@ _SHADING = 0.7  # of the differences within the main colour
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of a scene: its draft, centre in pixels, share of its pixels that is visible, patches that show it.
+    """Object of a scene: its draft, centre in pixels, fraction of its pixels that is visible, patches that show it.
 
     `salience` grows with visible area and towards the middle; `rank` 0 is the most salient of the scene.
     """
@@ -49,13 +49,13 @@ class Thing:
 
     @property
     def concept(self) -> str:
-        """Canonical name."""
+        """Canonical name of the concept."""
         return self.draft.concept
 
 
 @dataclass(frozen=True)
 class Sign:
-    """A sign of a scene."""
+    """Sign of a scene: its draft, centre in pixels, patches that show it."""
 
     draft: SignDraft
     x: float
@@ -65,7 +65,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (side, side, 3), what is on it, and `owner`: what shows at a pixel (signs first, then things; -1: nothing)."""
+    """Image (side, side, 3), its objects and signs; `owner` is the one at a pixel (signs first, then things; -1: none)."""
 
     image: np.ndarray = field(repr=False)
     things: tuple[Thing, ...]
@@ -75,15 +75,15 @@ class Scene:
     owner: np.ndarray = field(repr=False)
 
     def patches(self, targets: tuple["Thing | Sign", ...], grid: int) -> np.ndarray:
-        """Patches of a grid of any size that show one of the targets."""
-        shown = coverage(self.owner, len(self.signs) + len(self.things), grid)
+        """Target patches in a grid of any size: those that show one of the targets."""
+        covered = coverage(self.owner, len(self.signs) + len(self.things), grid)
         places = {id(target): i for i, target in enumerate((*self.signs, *self.things))}
-        return shown[[places[id(target)] for target in targets]].any(0)
+        return np.any(covered[[places[id(target)] for target in targets]], axis=0)
 
 
 def background(layout: Layout, size: int) -> Image.Image:
-    """A crop of the panorama."""
-    yaw, pitch, view, mirrored = layout.look
+    """Crop of the panorama."""
+    yaw, pitch, view, mirrored = layout.camera
     photo = panorama(layout.place.row)
     turn = photo.width * 2 // 3
     side = view * turn
@@ -158,7 +158,7 @@ def coverage(owner: np.ndarray, count: int, grid: int) -> np.ndarray:
 
 
 class _Board:
-    """Owner of each pixel, while things are put on a picture."""
+    """Owner of each pixel while an image is composed."""
 
     def __init__(self, size: int):
         self.size = size
@@ -168,7 +168,7 @@ class _Board:
         self.firm: list[bool] = []
 
     def place(self, image: Image.Image, rng: np.random.Generator, firm: bool) -> tuple[int, int] | None:
-        """A spot where the image covers at most a little of what is there, nothing of what is firm; None if there is none."""
+        """Place an image where it covers little of earlier ones and nothing of firm ones: its corner, or None."""
         mask = np.asarray(image.getchannel("A")) >= 128
         room_x, room_y = self.size - image.width, self.size - image.height
         if room_x < 0 or room_y < 0 or not mask.any():
@@ -191,13 +191,13 @@ class _Board:
 
 
 def draw(layout: Layout, rng: np.random.Generator, size: int) -> Scene | None:
-    """Draw a layout; None where its objects do not fit, or one is too thin to show in any patch."""
+    """Draw a layout; None if its objects do not fit or one is too thin to show in any patch."""
     canvas, board = background(layout, size), _Board(size)
     signs = [(draft, _sign(draft)) for draft in layout.signs]
-    spots = [board.place(image, rng, True) for _, image in signs]
-    if None in spots:
+    spots = [spot for _, image in signs if (spot := board.place(image, rng, True)) is not None]
+    if len(spots) < len(signs):
         return None
-    shown: list[tuple[Draft, tuple[int, int], Image.Image]] = []
+    drawn: list[tuple[Draft, tuple[int, int], Image.Image]] = []
     for (_, image), (x, y) in zip(signs, spots, strict=True):
         _shadow(canvas, image, x, y)
         canvas.paste(image, (x, y))
@@ -207,22 +207,22 @@ def draw(layout: Layout, rng: np.random.Generator, size: int) -> Scene | None:
         if spot is not None:
             _shadow(canvas, image, *spot)
             canvas.paste(image, spot, image)
-            shown.append((draft, spot, image))
-    if len(shown) < len(layout.objects) - 1:
+            drawn.append((draft, spot, image))
+    if len(drawn) < len(layout.objects) - 1:
         return None
     patches = coverage(board.owner, len(board.areas), size // PATCH)
     if not patches.any(1).all():
         return None
     visible = board.left
     first = len(signs)
-    centers = [(x + image.width / 2, y + image.height / 2) for _, (x, y), image in shown]
+    centers = [(x + image.width / 2, y + image.height / 2) for _, (x, y), image in drawn]
     salience = [
         visible[first + i] * (1.3 - np.hypot(x / size - 0.5, y / size - 0.5)) for i, (x, y) in enumerate(centers)
     ]
     ranks = np.argsort(np.argsort([-s for s in salience], kind="stable"), kind="stable").tolist()
     things = tuple(
         Thing(draft, *center, visible[first + i] / board.areas[first + i], salience[i], ranks[i], patches[first + i])
-        for i, ((draft, _, _), center) in enumerate(zip(shown, centers, strict=True))
+        for i, ((draft, _, _), center) in enumerate(zip(drawn, centers, strict=True))
     )
     placed = tuple(
         Sign(draft, x + image.width / 2, y + image.height / 2, patches[i])

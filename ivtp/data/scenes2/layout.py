@@ -1,4 +1,4 @@
-"""Compose a scene before anything is drawn: place, theme, which objects and signs, their sizes and colours."""
+"""Compose a scene before it is drawn: place, theme, objects and signs, their sizes and colours."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +12,7 @@ TIERS = {"small": (18, 25), "medium": (25, 40), "large": (40, 64)}
 """Longer side of an object in pixels."""
 TIER_SHARES = (0.4, 0.4, 0.2)
 OBJECTS = {144: (6, 9), 192: (8, 14)}
-"""Side of a picture in pixels, and the least and most objects on it."""
+"""Side of an image in pixels → least and largest number of objects on it."""
 _FOCUS = 0.85  # scenes with two to four objects of one hypernym, or there would be little to count
 _THEMED = 0.6
 _TINTED = 0.55  # of the objects that come in any colour; about a third of all
@@ -22,7 +22,7 @@ _RARE = 60.0  # the larger, the more evenly concepts are drawn
 
 @dataclass(frozen=True)
 class Draft:
-    """An object to draw: concept, colour it is tinted in ("" for its own), sheet and cell, longer side in pixels."""
+    """Object to draw: concept, tint ("" for the sprite's own colours), sheet and cell, longer side in pixels."""
 
     concept: str
     tint: str
@@ -34,7 +34,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class SignDraft:
-    """A sign to draw; kind is word, number or price."""
+    """Sign to draw; its kind is word, number or price."""
 
     text: str
     kind: str
@@ -45,17 +45,17 @@ class SignDraft:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that a scene is to show."""
+    """Contents of a scene; `camera` is yaw, pitch, angle of view, mirrored."""
 
     place: Place
-    look: tuple[float, float, float, bool]
+    camera: tuple[float, float, float, bool]
     theme: str
     objects: tuple[Draft, ...]
     signs: tuple[SignDraft, ...]
 
 
 def pick(rng: np.random.Generator, options, weights=None):
-    """Draw one; only `rng.random` is used, whose stream numpy keeps."""
+    """Draw one option, by `rng.random` alone: numpy guarantees that stream across versions."""
     if weights is None:
         return options[int(rng.random() * len(options))]
     ladder = np.cumsum(weights)
@@ -64,14 +64,14 @@ def pick(rng: np.random.Generator, options, weights=None):
 
 @cache
 def popularity() -> dict[str, float]:
-    """Frequency of each concept: Zipf-like over a fixed order, so that some are popular."""
+    """Frequency of each concept, Zipf-like over a fixed order."""
     order = np.argsort(np.random.default_rng(1706).random(len(concepts())))
     return {name: 1 / (rank / _RARE + 1) for name, rank in zip(concepts(), np.argsort(order).tolist(), strict=True)}
 
 
 @cache
 def drawable(split: str) -> tuple[str, ...]:
-    """Concepts that a split has pictures of."""
+    """Concepts that a split has drawings of."""
     return tuple(name for name in concepts() if views(name, split))
 
 
@@ -110,6 +110,7 @@ def _concepts(rng: np.random.Generator, split: str, count: int, theme: str, bann
             continue
         pool = themes[theme] if rng.random() < _THEMED else drawable(split)
         name = _draw_concept(rng, pool, banned | frozenset(chosen)) or _draw_concept(rng, drawable(split), banned)
+        assert name is not None, "a place shows every concept of its split"
         chosen.append(name)
     return chosen[:count]
 
@@ -127,14 +128,14 @@ def _signs(rng: np.random.Generator, split: str) -> list[SignDraft]:
 
 
 def compose(rng: np.random.Generator, split: str, size: int) -> Layout:
-    """Draw a layout."""
+    """Draw a random layout."""
     place = pick(rng, places(split))
     whole = place.split != "train" or split in ("style", "wild")  # a photograph of these splits alone
     start, stop = (0.0, 1.0) if place.split != "train" else SHARES["test" if whole else split]
     view = 0.14 + 0.05 * rng.random()  # of the full turn: about 50 to 68 degrees
     yaw = start + (stop - start - (0 if stop - start == 1 else view)) * rng.random()
     pitch = (rng.random() - 0.5) * 0.24
-    look = (yaw, pitch, view, bool(rng.random() < 0.5))
+    camera = (yaw, pitch, view, bool(rng.random() < 0.5))
     theme = pick(rng, list(_pools(split)[0]))
     low, high = OBJECTS[size]
     count = low + int(rng.random() * (high - low + 1))
@@ -147,4 +148,4 @@ def compose(rng: np.random.Generator, split: str, size: int) -> Layout:
         side = least + (most - least) * rng.random()
         objects.append(Draft(name, tint, sheet, pick(rng, cells), side, tier))
     objects.sort(key=lambda draft: -draft.side)  # the large ones find room first, and lie behind
-    return Layout(place, look, theme, tuple(objects), tuple(_signs(rng, split)))
+    return Layout(place, camera, theme, tuple(objects), tuple(_signs(rng, split)))

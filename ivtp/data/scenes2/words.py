@@ -1,13 +1,13 @@
-"""Words of `scenes2`: terms and what they stand for, plurals, articles, colours, signs."""
+"""Words of `scenes2`: terms and their concepts, plurals, articles, colours, signs."""
 
 from functools import cache
+from pathlib import Path
 
 from ivtp.data.scenes2.assets import concepts, places
-from ivtp.data.scenes2.lookalikes import LOOKALIKES
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def _listed(text: str, between: str | None = None) -> tuple[str, ...]:
+    return tuple(text.split(between))
 
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black")
@@ -27,10 +27,8 @@ SIGN_WORDS = _listed(
 )
 PRICES = tuple(f"${n}" for n in range(2, 100))
 NUMBERS = tuple(str(n) for n in range(10, 100))
-COUNTS = ("0", "1", "2", "3", "4")
-SIDES = ("left", "right", "above", "below")
 
-# Spoken form of hypernyms that do not count by themselves: singular, plural.
+# Phrases for hypernyms that cannot be counted: singular, plural.
 _SPOKEN = {
     "furniture": ("piece of furniture", "pieces of furniture"),
     "clothing": ("piece of clothing", "pieces of clothing"),
@@ -41,64 +39,37 @@ NOT_ASKED = frozenset({"stationery", "money", "food"})
 """Hypernyms without a natural question of their own ("how many foods")."""
 _OWN_COLOR = frozenset({"animal", "plant", "fruit", "vegetable", "food", "drink", "money"})
 _ALWAYS = frozenset(
-    [
-        *("stop sign", "traffic light", "barber pole", "traffic cone", "cloud", "sun", "moon", "star", "rainbow"),
-        *(
-            "lightning",
-            "snowflake",
-            "snowman",
-            "tornado",
-            "fire",
-            "drop",
-            "pumpkin",
-            "palette",
-            "painting",
-            "newspaper",
-        ),
-        *("globe", "map", "chart", "dna", "log", "stone", "brick", "rubik cube", "chessboard", "target", "shell"),
-        *(
-            "fire truck",
-            "ambulance",
-            "taxi",
-            "hydrant",
-            "fire extinguisher",
-            "whiteboard",
-            "fireplace",
-            "aquarium",
-            "mirror",
-            "window",
-            "gem",
-            "ring",
-            "medal",
-            "trophy",
-            "crown",
-            "dice",
-        ),
-    ]
+    _listed(
+        "stop sign, traffic light, barber pole, traffic cone, cloud, sun, moon, star, rainbow, lightning, snowflake, "
+        "snowman, tornado, fire, drop, pumpkin, palette, painting, newspaper, globe, map, chart, dna, log, stone, brick, "
+        "rubik cube, chessboard, target, shell, fire truck, ambulance, taxi, hydrant, fire extinguisher, whiteboard, "
+        "fireplace, aquarium, mirror, window, gem, ring, medal, trophy, crown, dice",
+        ", ",
+    )
 )
 
 
 def any_color(name: str) -> bool:
-    """Whether a concept comes in any colour, as cars and mugs do, and lions and lemons do not."""
+    """True if a concept comes in any colour, as cars and mugs do, and lions and lemons do not."""
     return name not in _ALWAYS and not _OWN_COLOR & set(concepts()[name].hypernyms)
 
 
 PLURAL = frozenset(
     _listed("grapes fries glasses sunglasses scissors headphones chopsticks jeans shorts maracas pliers")
 )
-"""Names that are plural by themselves."""
+"""Names in the plural form."""
 MASS = frozenset(
     _listed(
         "corn garlic broccoli bread cheese meat bacon salad popcorn butter pasta sushi rice chocolate honey milk coffee "
         "champagne wine beer whiskey soda juice yarn thread lightning fire dna soap maize flame lotion"
     )
 )
-"""Names that are not counted."""
+"""Names of uncountable things."""
 
 
 @cache
 def terms() -> dict[str, frozenset[str]]:
-    """Terms for objects in questions, and the concepts that each covers."""
+    """Terms for objects in questions → the concepts that each covers."""
     table: dict[str, set[str]] = {}
     for concept in concepts().values():
         for term in (concept.name, *concept.synonyms):
@@ -111,7 +82,7 @@ def terms() -> dict[str, frozenset[str]]:
 
 @cache
 def terms_of(name: str) -> tuple[str, ...]:
-    """All terms that cover a concept; none for a name that is no concept."""
+    """Terms that cover a concept; none for a name without a concept."""
     return tuple(term for term, covered in terms().items() if name in covered)
 
 
@@ -121,19 +92,25 @@ def hypernyms() -> tuple[str, ...]:
     return tuple(sorted({h for c in concepts().values() for h in c.hypernyms} - NOT_ASKED))
 
 
+LOOKALIKES = tuple(
+    frozenset(line.split(", ")) for line in Path(__file__).with_name("lookalikes.txt").read_text("utf-8").splitlines()
+)
+"""Groups of concepts whose drawings may be called by each other's name."""
+
+
 @cache
 def confusable(name: str) -> frozenset[str]:
-    """Other concepts whose pictures could be called by this name."""
+    """Other concepts whose drawings may be called by this name."""
     return frozenset(set().union(*(group for group in LOOKALIKES if name in group)) - {name})
 
 
 def singular(term: str) -> str:
-    """Phrase for one of a term."""
+    """Phrase for one object of a term."""
     return _SPOKEN[term][0] if term in _SPOKEN else term
 
 
 def plural(term: str) -> str:
-    """Phrase for several of a hypernym."""
+    """Phrase for several objects of a hypernym."""
     if term in _SPOKEN:
         return _SPOKEN[term][1]
     front, last = term[:-1], term[-1]
@@ -146,7 +123,7 @@ def be(term: str) -> str:
 
 
 def indefinite(term: str) -> str:
-    """A term with its article: "an apple", "some milk"."""
+    """Term with its article: "an apple", "some milk"."""
     if term in MASS or term in PLURAL:
         return f"some {term}"
     spoken = singular(term)
@@ -164,7 +141,7 @@ FUNCTION = frozenset(
 
 @cache
 def vocabulary() -> tuple[str, ...]:
-    """Every word of questions, answers and captions; numbers and prices by their digits."""
+    """Words of questions, answers and captions; numbers and prices by their digits."""
     phrases = [*FUNCTION, *COLORS, *SIGN_WORDS, *"$0123456789", "indoors", "outdoors"]
     phrases += [place.place for place in places("test")]
     phrases += [singular(term) for term in terms()] + [plural(term) for term in hypernyms()]

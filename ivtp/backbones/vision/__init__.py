@@ -1,0 +1,1 @@
+"""Vision towers: how each one's frozen layers are opened between attention and FFN."""

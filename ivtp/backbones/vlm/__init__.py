@@ -1,0 +1,1 @@
+"""A vision-language model under a plan: images, prompts, prefill, decoding."""

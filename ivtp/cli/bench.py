@@ -1,0 +1,52 @@
+"""`python -m ivtp.bench`: latency and throughput with random weights, beside the speed-up that FLOPs promise."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import getdoc
+
+from ivtp.cli.arguments import choice, parse
+from ivtp.cli.command import command
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """`python -m ivtp.bench suite=cpu`: speed-up by pruning, beside the one that FLOPs promise; random weights.
+
+    suite   cpu: ViT-L/14-336 with a decoder of 1B, minutes on two cores
+            gpu: LLaVA-1.5-7B, and LLaVA-NeXT-7B with 2880 visual tokens, bfloat16, under ten minutes on one GPU
+            tiny: seconds, to test the benchmark itself
+    model   sizes of configs/model/NAME.yaml in place of the suite's own, as in suite=gpu model=llava_1_5_13b
+    rounds  of every comparison, alternating (default: the suite's)
+    json    true: one JSON object instead of tables
+    """
+
+    suite: str = choice("cpu", lambda: ("cpu", "gpu", "tiny"))
+    model: str | None = None
+    rounds: int | None = None
+    json: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return command(arguments, lambda: getdoc(Arguments) or "", _print)
+
+
+def _print(arguments: list[str]) -> None:
+    options = parse(Arguments, arguments)
+    from ivtp.experiment.planning import quiet_libraries
+    from ivtp.timing.suites import run
+
+    quiet_libraries()
+    record = run(
+        options.suite, options.rounds, options.model, lambda line: print(f"ivtp.bench: {line}", file=sys.stderr)
+    )
+    if options.json:
+        print(json.dumps(record))
+        return
+    from ivtp.report.console import as_text
+    from ivtp.timing.report import tables
+
+    for table in tables(record):
+        print(as_text(table))

@@ -1,0 +1,244 @@
+"""The token sequence and the one method that shortens it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Scalars = Float[Tensor, "b v"]
+"""A number per visual token."""
+Vectors = Float[Tensor, "b v d"]
+"""A vector per visual token."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Visual tokens that stay, and the others that join them.
+
+    index  position on the visual axis of each kept token, in the order in which they stay
+    into   for every visual token the slot (0..k-1) it ends in, -1: nowhere; None: kept ones stay, the others go
+    valid  False where a slot is only padding, for methods that keep a different number per sample; None: all real
+    weight share of every visual token in each slot, for methods whose slots share tokens; None: as `into` says
+    """
+
+    index: Int[Tensor, "b k"]
+    into: Int[Tensor, "b v"] | None = None
+    valid: Bool[Tensor, "b k"] | None = None
+    weight: Float[Tensor, "b k v"] | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Statistics of a batch's masks as Python numbers, kept to avoid a GPU synchronisation per layer.
+
+    visual  visual tokens per sample, padding included
+    padded  False: no token is padding
+    lone    True: every sample has exactly one reference token
+    lead    tokens before the first visual one where the first of all is the reference (class token, registers), else 0
+    """
+
+    visual: int
+    padded: bool = False
+    lone: bool = True
+    lead: int = 0
+
+    @classmethod
+    def of(cls, valid: Bool[Tensor, "b n"], visual: Bool[Tensor, "b n"], reference: Bool[Tensor, "b n"]) -> Facts:
+        """Read the statistics from the masks, at the price of one synchronisation."""
+        lead = visual[0].int().argmax() * reference[0, 0]
+        lone = (reference.sum(1) == 1).all()
+        count, padded, one, before = torch.stack([visual[0].sum(), ~valid.all(), lone, lead]).tolist()
+        return cls(count, bool(padded), bool(one), before)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of sequences on their way through a stack of layers.
+
+    x          hidden states
+    position   place in the unpruned sequence, counted from the first patch: of a visual token its place in the image
+    size       how many original tokens each one stands for
+    valid      False: padding, never attended to
+    visual     True: may be pruned; every sample has the same number of them (padding included)
+    reference  True: its attention scores the visual ones (CLS, pseudo CLS, last token); several are averaged
+    sample     a number that belongs to the sample wherever it stands in a batch; seeds random choices
+    feature    output of the stack, if that is not `x` (LLaVA reads an earlier layer than the last), or features still to
+               be added (DeepStack)
+    relevance  cosine of each visual token with the instruction, for methods that read it; for an oracle, 1 on the target
+               patches, else 0
+    state      `x` after the model's last norm, during a cut that reads it
+    facts      statistics of `valid`, `visual` and `reference`; pass None when replacing one of these, to recompute them
+    """
+
+    x: Float[Tensor, "b n d"]
+    position: Int[Tensor, "b n"]
+    size: Float[Tensor, "b n"]
+    valid: Bool[Tensor, "b n"]
+    visual: Bool[Tensor, "b n"]
+    reference: Bool[Tensor, "b n"]
+    sample: Int[Tensor, " b"]
+    feature: Float[Tensor, "b n c"] | None = None
+    relevance: Float[Tensor, "b n"] | None = None
+    state: Float[Tensor, "b n d"] | None = None
+    facts: Any = None  # given as None, and Facts from then on
+
+    def __post_init__(self) -> None:
+        if self.facts is None:
+            object.__setattr__(self, "facts", Facts.of(self.valid, self.visual, self.reference))
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        visual: Tensor,
+        reference: Tensor,
+        *,
+        position: Tensor | None = None,
+        valid: Tensor | None = None,
+        sample: Tensor | None = None,
+        facts: Facts | None = None,
+    ) -> Tokens:
+        """A fresh, unpruned sequence: every token stands for itself, at its own index.
+
+        >>> from ivtp.core.reduces import Drop
+        >>> visual = torch.tensor([[False, True, True, True]])  # a class token and three patches
+        >>> tokens = Tokens.of(torch.zeros(1, 4, 8), visual, ~visual)
+        >>> tokens.keep(Selection(torch.tensor([[0, 2]])), Drop(), None).position  # the first and the last patch stay
+        tensor([[0, 1, 3]])
+        """
+        b, n, _ = x.shape
+        if position is None:
+            position = torch.arange(n, device=x.device).expand(b, n)
+        if valid is None:
+            valid = torch.ones(b, n, dtype=torch.bool, device=x.device)
+        if sample is None:
+            sample = torch.zeros(b, dtype=torch.long, device=x.device)
+        size, visual, reference = torch.ones(b, n, device=x.device), visual.expand(b, n), reference.expand(b, n)
+        return cls(x, position, size, valid, visual, reference, sample, facts=facts)
+
+    @property
+    def visual_count(self) -> int:
+        """v: visual tokens per sample, padding included."""
+        return self.facts.visual
+
+    @property
+    def visual_index(self) -> Int[Tensor, "b v"]:
+        """Indices of the visual tokens, in sequence order."""
+        return indices(self.visual, self.visual_count)
+
+    @property
+    def other_index(self) -> Int[Tensor, "b t"]:
+        """Indices of the tokens that are not visual, in sequence order."""
+        return indices(~self.visual, self.visual.shape[1] - self.visual_count)
+
+    def of_visual(self, values: Tensor) -> Tensor:
+        """The visual columns of `values` "b n ..." as "b v ..."."""
+        return take(values, self.visual_index)
+
+    def with_x(self, x: Tensor) -> Tokens:
+        """The same tokens with new hidden states, and all other fields on their device."""
+        if x.device == self.x.device:
+            return replace(self, x=x)
+        return self._each(lambda value: value.to(x.device), x=x)
+
+    def keep(self, selection: Selection, reduce: Callable[..., tuple[Tensor, Tensor]], scores: Any) -> Tokens:
+        """Shorten the sequence to the selected visual tokens; all others stay, in place.
+
+        This is the only place where a sequence changes length by pruning: every field is rewritten together.
+        """
+        visual_index = self.visual_index
+        kept = take(visual_index, selection.index)
+
+        # Text and separators may stand between visual tokens, so kept tokens take the sorted places of the kept ones. A
+        # selection in another order fills those places in its order.
+        others = self.other_index
+        order = torch.cat([others, kept.sort(dim=1).values], 1).argsort(dim=1, stable=True)
+        source = torch.cat([others, kept], 1).gather(1, order)
+        slot = order.argsort(dim=1)[:, others.shape[1] :]
+
+        def reduced(values: Tensor) -> tuple[Tensor, Tensor]:
+            kept, size = reduce(take(values, visual_index), take(self.size, visual_index), scores, selection)
+            return put(take(values, source), slot, kept), size
+
+        x, size = reduced(self.x)
+        valid = take(self.valid, source)
+        if selection.valid is not None:
+            valid = valid.scatter(1, slot, take(valid, slot) & selection.valid)
+        padded = self.facts.padded or selection.valid is not None
+        return self._each(
+            lambda values: take(values, source),
+            x=x,
+            size=take(self.size, source).scatter(1, slot, size),
+            valid=valid,
+            sample=self.sample,
+            feature=None if self.feature is None else reduced(self.feature)[0],
+            state=None,
+            facts=replace(self.facts, visual=selection.index.shape[1], padded=padded),
+        )
+
+    def samples(self, index: Int[Tensor, " c"]) -> Tokens:
+        """The sequences of the batch at `index`, repeated or reordered."""
+        return self._each(lambda value: value[index])
+
+    @classmethod
+    def together(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Sequences of one length and with as many visual tokens, as one batch."""
+        each = [part.facts for part in parts]
+        facts = replace(each[0], padded=any(facts.padded for facts in each), lone=all(facts.lone for facts in each))
+        fields: dict[str, Any] = {
+            name: None if value is None else torch.cat([getattr(part, name) for part in parts])
+            for name, value in vars(parts[0]).items()
+            if name != "facts"
+        }
+        return cls(**fields, facts=facts)
+
+    def append(self, x: Float[Tensor, "b d"]) -> Tokens:
+        """Add one token at the end, one position after the last, as the only reference token."""
+        one = torch.ones_like(self.valid[:, :1])
+        return self._each(
+            lambda values: torch.cat([values, torch.zeros_like(values[:, :1])], 1),
+            x=torch.cat([self.x, x[:, None].to(self.x.dtype)], 1),
+            position=torch.cat([self.position, self.position[:, -1:] + 1], 1),
+            size=torch.cat([self.size, torch.ones_like(self.size[:, :1])], 1),
+            valid=torch.cat([self.valid, one], 1),
+            reference=torch.cat([torch.zeros_like(self.reference), one], 1),
+            sample=self.sample,
+            facts=replace(self.facts, lone=True, lead=0),
+        )
+
+    def without_last(self) -> Tokens:
+        """Remove the appended token; the last remaining token is the reference from here on."""
+        reference = torch.zeros_like(self.reference[:, :-1])
+        reference[:, -1] = True
+        facts = replace(self.facts, lone=True, lead=0)
+        return self._each(lambda values: values[:, :-1], reference=reference, sample=self.sample, facts=facts)
+
+    def _each(self, change: Callable[[Tensor], Tensor], **fields: Any) -> Tokens:
+        """The tokens with these fields, and with every other tensor changed, in a way that leaves the facts true."""
+        for name, value in vars(self).items():
+            if name not in fields:
+                fields[name] = change(value) if isinstance(value, Tensor) else value
+        return Tokens(**fields)
+
+
+def indices(mask: Bool[Tensor, "b n"], count: int) -> Int[Tensor, "b k"]:
+    """First `count` places where the mask holds, in order; where fewer do, then those where it does not.
+
+    The number is given, so that nothing synchronises: a stable sort brings the places to the front.
+    """
+    return torch.argsort((~mask).byte(), dim=1, stable=True)[:, :count]
+
+
+def take(values: Tensor, index: Int[Tensor, "b k"]) -> Tensor:
+    """Gather along the token axis: `values` "b n ..." at `index` "b k" gives "b k ..."."""
+    return values.take_along_dim(index if values.ndim == 2 else index[:, :, None], 1)
+
+
+def put(values: Float[Tensor, "b n d"], index: Int[Tensor, "b k"], new: Float[Tensor, "b k d"]) -> Tensor:
+    """`values` with the rows at `index` replaced."""
+    return values.scatter(1, index[:, :, None].expand_as(new), new.to(values.dtype))

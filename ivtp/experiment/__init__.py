@@ -1,0 +1,1 @@
+"""Experiments: configs, planned rows, and the runner that evaluates and records them."""

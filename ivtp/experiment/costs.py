@@ -1,0 +1,63 @@
+"""Closed-form FLOPs of the rows of an experiment."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ivtp import results as store
+from ivtp.core.conventions import CONVENTIONS
+from ivtp.core.flops import Shape, cost
+from ivtp.experiment.config import load_config
+from ivtp.experiment.planning import build_shape, plan_rows
+from ivtp.pruners.budget import in_words
+from ivtp.registry import UserError
+from ivtp.report.console import as_text
+from ivtp.report.costs import tables
+from ivtp.report.tables import UNKNOWN, markdown
+
+
+def closed_form(
+    model: str, rows: list[dict], shape: Shape, texts: Iterable[int], instruction: int | None, streamed: bool = False
+) -> list[dict]:
+    """Cost per row and text length; once for a row with several seeds, which all cost the same."""
+    costs = {}
+    for text in texts:
+        for row in plan_rows(rows, shape, text, instruction):
+            label = row.seeds_of or row.label
+            if (label, text) in costs:
+                continue
+            spent = row.cost if row.stand_in else cost(shape, row.plan, text, instruction, streamed)
+            conventions = CONVENTIONS if shape.language is not None else {}
+            costs[label, text] = {
+                "model": model,
+                "text": text,
+                "label": label,
+                "section": row.section,
+                "budget": in_words(row.budget) if row.pruner["name"] != "none" or row.stand_in else UNKNOWN,
+                "tokens": list(spent.tokens),
+                "average_tokens": spent.average_tokens,
+                "tflops": spent.tflops(),
+                "conventions": {name: c.count(shape, row.plan) / 1e12 for name, c in conventions.items()},
+                "paper": row.paper,
+            }
+    return list(costs.values())
+
+
+def write_costs(config, rows: list[dict], folder: Path, console) -> None:
+    """Write the cost of the rows on the models of `costs`, from their configs alone, to costs.jsonl.
+
+    Without an evaluation, also print it and write table.md.
+    """
+    costs = []
+    for name in (config.costs.models or []) if config.variants else []:
+        shape = build_shape(load_config([f"model={name}"]))
+        try:
+            costs += closed_form(name, rows, shape, config.costs.text, None)
+        except UserError as error:  # a budget that only fits the model that runs
+            console.print(f"no cost of {name}: {error}", soft_wrap=True)
+    lines = [{"schema": store.SCHEMA, **cost} for cost in costs]
+    store.replace(folder / "costs.jsonl", store.lines(lines))
+    if not config.evaluate:
+        for table in tables(costs):
+            print(as_text(table))
+        text = f"# {config.name}\n" + "".join(f"\n{markdown(table)}" for table in tables(costs))
+        store.replace(folder / "table.md", text.encode(errors="backslashreplace"))

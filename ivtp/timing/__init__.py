@@ -1,0 +1,1 @@
+"""Latency and throughput: random models of real sizes, alternating runs, and peer methods in the same run."""

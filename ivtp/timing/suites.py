@@ -1,0 +1,178 @@
+"""Timing suites, and the records of their runs."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ivtp.backbones import shape_of
+from ivtp.registry import UserError
+from ivtp.timing import models
+from ivtp.timing.decoding import decoding
+from ivtp.timing.measure import Run, interleave, limits, machine, ratio, summary
+from ivtp.timing.models import Size, build
+from ivtp.timing.peers import compare_peers, missing_kvpress, rollout_over_dense
+from ivtp.timing.prefill import Case, measure
+from ivtp.timing.throughput import throughput
+
+IMPORT = "import ivtp\nfor name in ivtp.__all__: getattr(ivtp, name)"
+MAIN_JOB = ("experiment=ablation_groupsize", "logger=none")
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Prompts of `texts` words in batches of `batches`, on a model of one size, packed or not, pruned to `keep` visual tokens."""
+
+    size: Size
+    keep: int
+    texts: tuple[int, ...] = (64,)
+    batches: tuple[int, ...] = (1,)
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Suite of timings; its ratios are those of the last case.
+
+    batches   cases of the throughput, at their longest text
+    steps     generated tokens; decoding and peers run on the first of the last cases of every size
+    main_job  also time the embedded main job
+    """
+
+    cases: tuple[Cases, ...]
+    batches: Cases
+    rounds: int
+    steps: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    main_job: bool = False
+
+
+SUITES = {
+    "cpu": Suite(
+        (Cases(models.CPU, 64), Cases(models.CPU, 64, packed=True)),
+        Cases(models.BASE, 21, batches=(1, 8, 32), packed=True),
+        rounds=3,
+        steps=8,
+        main_job=True,
+    ),
+    "gpu": Suite(
+        (
+            Cases(models.LLAVA_7B, 64, texts=(64, 512), batches=(1, 8)),
+            Cases(models.LLAVA_NEXT_7B, 320, texts=(64,), batches=(1, 8)),
+        ),
+        Cases(models.LLAVA_7B, 64, batches=(1, 8, 32)),
+        rounds=11,
+        steps=64,
+        device="cuda",
+        dtype=torch.bfloat16,
+    ),
+    "tiny": Suite(
+        (
+            Cases(models.SMALL, 9, texts=(11,)),
+            Cases(models.SMALL, 9, texts=(11,), packed=True),
+            Cases(models.SMALL_CROPS, 45, texts=(11, 31), batches=(2,)),
+        ),
+        Cases(models.SMALL, 9, texts=(31,), batches=(1, 3)),
+        rounds=3,
+        steps=3,
+    ),
+}
+
+
+def with_model(suite: Suite, name: str) -> Suite:
+    """Copy of a suite with its last cases and its batches on `configs/model/NAME.yaml`, pruned to a ninth of the tokens."""
+    size = models.of_model(name)
+    own = {"size": size, "keep": shape_of(size.config()).tokens // 9}
+    return replace(
+        suite, cases=(replace(suite.cases[-1], **own),), batches=replace(suite.batches, **own), main_job=False
+    )
+
+
+def run(
+    name: str, rounds: int | None = None, model: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> dict:
+    """Run a suite, on the sizes of `model` if given, and return its record; `say` is called with each step."""
+    suite = with_model(SUITES[name], model) if model else SUITES[name]
+    if suite.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"suite={name} needs a CUDA device, and torch {torch.__version__} finds none; use suite=cpu")
+    rounds = rounds or suite.rounds
+    # Measurements other than the suite's ratios get fewer rounds; on a CPU only the first prefill needs a warm-up.
+    few, warmup = max(1, rounds // 2), int(suite.device == "cuda")
+    system = machine(suite.device) | {"dtype": str(suite.dtype).removeprefix("torch."), "kernel": "sdpa"}
+    say("peak rates of the machine")
+    best = limits(suite.device, suite.dtype)
+    cases, decoded, peers = [], [], []
+    last = {group.size.name: group for group in suite.cases}
+    for group in suite.cases:
+        say(f"{group.size.name}: random weights{', packed' * group.packed}")
+        network = build(group.size, suite.device, suite.dtype, pack=group.packed)
+        about_model = {"model": group.size.name, "packed": group.packed}
+        first = Case(network, group.batches[0], group.texts[0], group.keep)
+        for case in (Case(network, batch, text, group.keep) for text in group.texts for batch in group.batches):
+            say(f"{group.size.name}: prefill, batch {case.batch}, {case.text} text tokens")
+            cases.append(about_model | measure(case, rounds, best))
+        if group is last[group.size.name]:
+            missing = missing_kvpress()
+            say(f"{group.size.name}: peers{f' ({missing})' if missing else ''}")
+            peers.append(about_model | compare_peers(first, few, warmup))
+            say(f"{group.size.name}: {suite.steps} generated tokens")
+            decoded.append(about_model | decoding(first, few, suite.steps, warmup))
+        del network, first, case
+    say(f"{suite.batches.size.name}: batches")
+    many = suite.batches
+    network = build(many.size, suite.device, suite.dtype, pack=many.packed)
+    batched = {"model": many.size.name, "packed": many.packed} | throughput(
+        network, many.keep, max(many.texts), many.batches, max(1, rounds // 5), warmup
+    )
+    del network
+    say("a group's rollout")
+    rollout = rollout_over_dense(suite.device, suite.dtype, rounds)
+    say("imports")
+    imports = import_times(rounds)
+    record = {
+        "suite": name,
+        "scoring_overhead": cases[-1]["scoring_overhead"]["median"],
+        "speedup_over_promise": cases[-1]["speedup_over_promise"],
+        "rollout_over_dense": {"time": rollout["time"]["median"], "memory": rollout["memory"]},
+        "loop_overhead": cases[-1]["loop_overhead"]["median"],
+        "import_seconds": imports["ivtp"]["median"],
+        "machine": system,
+        "limits": best,
+        "cases": cases,
+        "decoding": decoded,
+        "peers": peers,
+        "throughput": batched,
+        "rollout": rollout,
+        "imports": imports,
+    }
+    if suite.main_job:
+        say(f"ivtp.run {' '.join(MAIN_JOB)}")
+        record["main_job_seconds"] = main_job()
+    return record
+
+
+def import_times(rounds: int) -> dict:
+    """Seconds to import torch in a fresh process, and the additional seconds of all public names of ivtp."""
+
+    def python(code: str) -> Run:
+        return Run(lambda: subprocess.run([sys.executable, "-c", code], check=True))
+
+    runs = {"torch": python("import torch"), "both": python(f"import torch\n{IMPORT}")}
+    seconds = interleave(runs, rounds)
+    more = [both - torch for both, torch in zip(seconds["both"], seconds["torch"], strict=True)]
+    return {"torch": summary(seconds["torch"]), "ivtp": summary(more), "over": ratio(seconds["both"], seconds["torch"])}
+
+
+def main_job() -> float:
+    """Seconds of the main job in a process of its own and an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "ivtp.run", *MAIN_JOB, f"output={folder}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"WANDB_MODE": "offline"})
+        return time.perf_counter() - start
