@@ -69,6 +69,7 @@ def refused(tmp_path, capfd):
         ("compare_to=nobody", ["'nobody'", "unpruned"]),
         ("data.split=exam", ["'exam'", "train, validation, test"]),
         ("data.limit=-5", ["data.limit=-5", "at least 1"]),
+        ("data.scenes=100000000000000000000", ["scenes", "between 1 and 1000000"]),
         ("model.prompt='what is it ?'", ["'what is it ?'", "{question} once", "<image> once"]),
         ("model.prompt='<image> <image> {question}'", ["<image> <image>", "<image> once"]),
         ("model.prompt='<image>'", ["{question} once"]),

@@ -8,8 +8,8 @@ from ivtp.core.attention import Attention
 from ivtp.core.choices import CutSizes, Metric, Reduce, Score, Select
 from ivtp.core.flops import Shape
 from ivtp.core.plan import Plan, Stage
-from ivtp.core.schedule import Schedule
+from ivtp.core.schedule import Cut, Schedule
 from ivtp.core.tokens import Selection, Tokens
 
-__all__ = ["Attention", "CutSizes", "Metric", "Plan", "Reduce", "Schedule"]
+__all__ = ["Attention", "Cut", "CutSizes", "Metric", "Plan", "Reduce", "Schedule"]
 __all__ += ["Score", "Select", "Selection", "Shape", "Stage", "Tokens"]

@@ -401,7 +401,7 @@ def test_data_set_items():
     [
         ({"split": "dev"}, "train, validation, test, style, wild, got 'dev'"),
         ({"size": 150}, "144, 192, got 150"),
-        ({"scenes": 0}, "at least 1, got 0"),
+        ({"scenes": 0}, "between 1 and 1000000, got 0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -39,6 +39,8 @@ def make_scene(
 
 
 _scene = lru_cache(512)(make_scene)
+MOST = 1_000_000
+"""Scenes of a data set at most: months of evaluation."""
 
 
 class Scenes2(Dataset):
@@ -55,8 +57,8 @@ class Scenes2(Dataset):
 
     def __init__(self, split: str = "test", scenes: int = 400, seed: int = 0, size: int = 144, grid: int | None = None):
         check(split, size)
-        if scenes < 1:
-            raise ValueError(f"scenes must be at least 1, got {scenes!r}")
+        if not 1 <= scenes <= MOST:
+            raise ValueError(f"scenes must be between 1 and {MOST}, got {scenes!r}")
         self.split, self.scenes, self.seed, self.size, self.grid = split, scenes, seed, size, grid or size // PATCH
 
     def __len__(self) -> int:
