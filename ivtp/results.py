@@ -108,8 +108,7 @@ def upgrade(line: dict, path: Path) -> dict:
 
 def read_results(path: Path) -> tuple[list[Result], int]:
     """Results of `results.jsonl` or `blind.jsonl`, and the number of torn lines that were set aside."""
-    (lines, torn), names = read(path), {f.name for f in fields(Result)}
-    rows = (upgrade(line, path) for line in lines)
+    (rows, torn), names = read(path), {f.name for f in fields(Result)}
     return [Result(**{name: row[name] for name in row if name in names}) for row in rows], torn
 
 
@@ -120,12 +119,12 @@ def append_results(path: Path, results: Iterable[Result]) -> None:
 
 def read_outcomes(path: Path) -> list[Outcome]:
     """Outcomes of one row, in the order of the file."""
-    return [Outcome(**upgrade(line, path)) for line in read(path)[0]]
+    return read(path)[0]
 
 
-def with_schema(outcomes: Iterable[Outcome]) -> list[dict]:
-    """Outcomes as lines of their file."""
-    return [{"schema": SCHEMA, **outcome} for outcome in outcomes]
+def with_schema(rows: Iterable[dict]) -> list[dict]:
+    """Rows as lines of their file."""
+    return [{"schema": SCHEMA, **row} for row in rows]
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:
@@ -166,7 +165,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> tuple[list[dict], int]:
-    """Rows of a JSON-lines file, and the number of torn lines that were set aside (into `<file>.torn`)."""
+    """Rows of a JSON-lines file in the present schema, and the number of torn lines set aside (into `<file>.torn`)."""
     if not path.is_file():
         return [], 0
     rows, torn = [], []
@@ -184,7 +183,7 @@ def read(path: Path) -> tuple[list[dict], int]:
         aside = path.with_name(path.name + ".torn")
         replace(aside, (aside.read_bytes() if aside.exists() else b"") + b"".join(torn))
         replace(path, b"".join(line for line, _ in rows))
-    return [row for _, row in rows], len(torn)
+    return [upgrade(row, path) for _, row in rows], len(torn)
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -122,7 +122,7 @@ def test_the_folder_of_a_text_encoder_is_hashed_in_the_same_way(monkeypatch, tmp
 
 def test_only_rows_that_read_the_text_encoder_depend_on_it(monkeypatch, tmp_path):
     reads, other = (SimpleNamespace(plan=plan_of(name, llava())) for name in ("ivtp", "random"))
-    assert build.reads_text(reads) and not build.reads_text(other)
+    assert reads.plan.reads_text and not other.plan.reads_text
     asked = []
     monkeypatch.setattr(
         build, "text_checkpoint", lambda model: asked.append(model) or Checkpoint("x/y", tmp_path, "c" * 40)

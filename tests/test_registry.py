@@ -174,7 +174,7 @@ def test_a_pruner_is_one_file_for_the_zoo(with_one_file_more):
 
 
 def test_a_pruner_is_one_file_for_the_page_of_methods(with_one_file_more):
-    pytest.importorskip("sphinx")
+    pytest.importorskip("sphinx", reason="sphinx is part of the docs extra")
     lines = with_one_file_more("-c", "import methods; print(*methods.Methods.table(), sep='\\n')").splitlines()
     (line,) = [number for number, line in enumerate(lines) if "early" in line and "py:func" in line]
     assert lines[line + 1 : line + 3] == ["     - Random choice once, early in the ViT.", "     - vision tower"]

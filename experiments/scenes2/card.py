@@ -3,9 +3,9 @@
 Test, style and wild scenes are made and encoded in RUN, as training's are. Run it once the weights are frozen.
 """
 
+import argparse
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 from string import Template
@@ -90,6 +90,7 @@ def percent(value: tuple[float, float, int]) -> str:
 
 def write(run: Path, folder: Path) -> None:
     """Measure, and write `README.md` and `card.json` into the model folder."""
+    blind = [json.loads(line) for line in (run / "blind.jsonl").read_text().splitlines()]
     frozen = Frozen(folder)
     record, rows, hard = {}, [], []
     for split in SCENES:
@@ -101,7 +102,6 @@ def write(run: Path, folder: Path) -> None:
         found = record[f"{split} all"]
         hard.append([split, *(percent(found[name]) for name in sorted(found) if ": " in name), percent(found["early"])])
     shard = shard_of(run, "test", frozen)
-    blind = [json.loads(line) for line in (run / "blind.jsonl").read_text().splitlines()]
     record["blind"] = next(line for line in reversed(blind) if line.get("held_out") == "blind")
     tau = record["tau"] = stage_a.evaluate(frozen.joint, shard, frozen.clip_tokenizer, WORDS)
     shown = shard.patches(np.arange(LOOKED)).any(1)
@@ -146,6 +146,8 @@ def write(run: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        raise SystemExit(__doc__)
-    write(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) == 3 else EMBEDDED["tiny"])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", default=EMBEDDED["tiny"])
+    given = parser.parse_args()
+    write(given.run, given.model)

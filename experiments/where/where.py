@@ -32,6 +32,8 @@ def differences(folder: Path) -> tuple[str, dict[str, dict[str, dict]]]:
     """Name of the compared row, and {other row: {group: n, difference and interval}}."""
     results, about = finished(folder)
     outcomes = {r.label: answered(read_outcomes(folder / "outcomes" / f"{r.key}.jsonl")) for r in results}
+    if missing := [label for label, found in outcomes.items() if not found]:
+        raise SystemExit(f"{folder}/outcomes has none of {', '.join(missing)}; give the folder that a run wrote")
     results, outcomes = together(results, outcomes)
     ours = about["compare_to"]
     names = {name for outcome in outcomes[ours] for name in groups(outcome)}

@@ -185,6 +185,11 @@ class Plan:
         """True where the CLIP text encoder that is paired with the tower has to read the instruction."""
         return self.reads_relevance or (self.appends_reference and self.reference == "pseudo_cls")
 
+    @property
+    def reads_text(self) -> bool:
+        """True where the CLIP text encoder itself reads the instruction, and not its tokenizer alone."""
+        return self.reads_clip or self.reads_relevance
+
     def appends_to(self, visual: int) -> bool:
         """True where a reference token is appended when `visual` tokens reach the language model: not if all of them stay."""
         return self.appends_reference and self.cuts_language(visual)

@@ -125,14 +125,19 @@ def agree(a: dict, b: dict) -> float:
     return sum(a == b for a in ours for b in theirs) / (len(ours) * len(theirs))
 
 
+def flip(outcome: dict, other: dict) -> str:
+    """Kind of a flipped answer: "gained" a right one, "lost" one, or "changed" one wrong answer for another."""
+    if outcome["correct"] == other["correct"]:
+        return "changed"
+    return "gained" if outcome["correct"] else "lost"
+
+
 def flips(pairs: Sequence[tuple[dict, dict]]) -> dict[str, list[str]]:
     """Ids of the samples whose answers differ, by effect on correctness."""
     ids: dict[str, list[str]] = {"gained": [], "lost": [], "changed": []}
     for a, b in pairs:
-        if a["correct"] != b["correct"]:
-            ids["gained" if a["correct"] else "lost"].append(a["id"])
-        elif a["prediction"] != b["prediction"]:
-            ids["changed"].append(a["id"])
+        if a["correct"] != b["correct"] or a["prediction"] != b["prediction"]:
+            ids[flip(a, b)].append(a["id"])
     return ids
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ivtp.data.questions import DataError
+from ivtp.data.failures import DataError
 from ivtp.evaluation.statistics import mean_error
 from ivtp.lmms.judges import JudgeError
 

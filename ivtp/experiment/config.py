@@ -13,6 +13,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ivtp.core.plan import POSITIONS
+from ivtp.data.answers import CREDITS, MATCHES
 from ivtp.pruners import PRUNERS, list_pruners, shipped_pruners, summary
 from ivtp.pruners.budget import KINDS, PER, chosen
 from ivtp.registry import UnknownName, UserError, unknown
@@ -48,12 +50,12 @@ CHOICES = {
     "model.image_padding": (None, "pad", "crop"),
     "model.load_in_4bit": (False, True),
     "model.trust_remote_code": (False, True),
-    "position_ids": ("keep", "renumber"),
+    "position_ids": POSITIONS,
     "evaluate": (True, False),
     "measure": (True, False),
     "pictures": ("images", "questions"),
-    "data.match": ("exact", "vqa", "contains"),
-    "data.answers": ("any", "vqa"),
+    "data.match": MATCHES,
+    "data.answers": CREDITS,
 }
 TEXTS = ("name", "output", "model.source", "model.prompt", "data.path", "data.task")
 OPTIONAL_TEXTS = ("model.text_encoder", "model.attn_implementation", "model.revision")

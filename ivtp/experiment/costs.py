@@ -54,10 +54,10 @@ def write_costs(config, rows: list[dict], folder: Path, console) -> None:
             costs += closed_form(name, rows, shape, config.costs.text, None)
         except UserError as error:  # a budget that only fits the model that runs
             console.print(f"no cost of {name}: {error}", soft_wrap=True)
-    lines = [{"schema": store.SCHEMA, **cost} for cost in costs]
-    store.replace(folder / "costs.jsonl", store.lines(lines))
+    store.replace(folder / "costs.jsonl", store.lines(store.with_schema(costs)))
     if not config.evaluate:
-        for table in tables(costs):
+        drawn = tables(costs)
+        for table in drawn:
             print(as_text(table))
-        text = f"# {config.name}\n" + "".join(f"\n{markdown(table)}" for table in tables(costs))
+        text = f"# {config.name}\n" + "".join(f"\n{markdown(table)}" for table in drawn)
         store.replace(folder / "table.md", text.encode(errors="backslashreplace"))

@@ -81,10 +81,8 @@ def _images(c: DictConfig, shape: Shape, whole: bool, gallery: bool = False) -> 
 @torch.inference_mode()
 def encode(encoder: Encoder, images: Images, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Features "g d" of all images, unpruned, and their labels "g"."""
-    device, features = next(encoder.model.parameters()).device, []
-    image_processor: Any = encoder.image_processor
+    device, collate, features = next(encoder.model.parameters()).device, ImageCollate(encoder), []
     for start in range(0, len(images), batch_size):
-        some = [images[i]["image"] for i in range(start, min(start + batch_size, len(images)))]
-        pixels = image_processor(images=some, return_tensors="pt")["pixel_values"]
-        features.append(encoder.features(pixels.to(device)))
+        batch = collate([images[i] for i in range(start, min(start + batch_size, len(images)))])
+        features.append(encoder.features(batch.inputs["pixel_values"].to(device)))
     return torch.cat(features), torch.tensor([int(label) for label in images.labels], device=device)

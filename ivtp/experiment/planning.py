@@ -245,17 +245,12 @@ def checkpoint_hash(checkpoint: Checkpoint) -> str:
     return fingerprint([p for pattern in patterns for p in checkpoint.folder.rglob(pattern) if p.is_file()])
 
 
-def reads_text(row: Planned) -> bool:
-    """True if the method of a row reads the text encoder."""
-    return row.plan.reads_clip or row.plan.reads_relevance
-
-
 def text_identity(model, rows: list[Planned]) -> dict | None:
     """Source of the model's text encoder, and a hash of its files or its commit; None where no row reads it.
 
     Fetches the encoder if it is not here yet, so that errors in it come before the first sample.
     """
-    checkpoint = text_checkpoint(model) if any(map(reads_text, rows)) else None
+    checkpoint = text_checkpoint(model) if any(row.plan.reads_text for row in rows) else None
     if checkpoint is None:
         return None
     return {"source": checkpoint.source, "hash": checkpoint_hash(checkpoint)}

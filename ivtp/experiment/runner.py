@@ -21,7 +21,7 @@ from ivtp.data.outcomes import Outcome
 from ivtp.evaluation.answering import Answer
 from ivtp.evaluation.classification import Classify
 from ivtp.evaluation.isolated import OutcomeWriter, halving
-from ivtp.evaluation.profiling import Stopwatch, count
+from ivtp.evaluation.profiling import PARTS, Stopwatch, count
 from ivtp.evaluation.progress import RowProgress
 from ivtp.evaluation.statistics import passing, summary
 from ivtp.evaluation.task_metrics import headline, measured
@@ -225,12 +225,11 @@ class Evaluator:
             counted = count(self.model, plan, prefill, question, rest="vision")
         else:
             words = inputs["input_ids"].shape[1] - shape.patches
-            if plan.reads_clip or plan.reads_relevance:
+            if plan.reads_text:
                 (read,) = guide_for(self.model).encoder.lengths([question])
             counted = count(self.model, plan, lambda: self.model(**inputs), question)
         closed = cost(shape, plan, words, read, streamed=True)
-        parts = ("vision", "projector", "text_encoder", "language", "pruner", "total")
-        return {"counted": counted, "closed": {part: getattr(closed, part) for part in parts}}
+        return {"counted": counted, "closed": {part: getattr(closed, part) for part in (*PARTS, "total")}}
 
     def marker(self, key: str) -> Path:
         """File that marks a row as logged to W&B."""

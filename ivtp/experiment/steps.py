@@ -100,13 +100,13 @@ def plan(setup: Setup, rows: list[dict]) -> list[Planned]:
     text = mean_prompt(setup.data.survey, setup.processor) if setup.shape.language else 0
     unkeyed = plan_rows(rows, setup.shape, text, 2)
     text_encoder = build.text_identity(setup.model, unkeyed)
-    if any(map(build.reads_text, unkeyed)):  # its tokenizer is there now
+    if any(row.plan.reads_text for row in unkeyed):  # its tokenizer is there now
         unkeyed = plan_rows(rows, setup.shape, text, mean_instruction(setup.data.survey, setup.model))
     planned = []
     for row in unkeyed:
         request = {"pruner": row.pruner, "budget": row.budget, "position_ids": row.position_ids}
         sources = {
-            "text_encoder": text_encoder if build.reads_text(row) else None,
+            "text_encoder": text_encoder if row.plan.reads_text else None,
             "pruner_source": build.pruner_source(row.pruner["name"]),
         }
         key = store.key(request, setup.identity, sources)

@@ -90,8 +90,7 @@ def cost_by_part(results: list[Result]) -> Iterator[Table]:
 
 def costs_of_models(folder: Path) -> Iterator[Table]:
     """Closed-form cost of the same rows on other models."""
-    path = folder / "costs.jsonl"
-    for table in costs.tables([store.upgrade(line, path) for line in store.read(path)[0]]):
+    for table in costs.tables(store.read(folder / "costs.jsonl")[0]):
         yield table._replace(title=f"Closed form: {table.title}")
 
 

@@ -147,8 +147,7 @@ def payload(folder: Path, report: Report) -> dict:
 
 def _samples(folder: Path, report: Report, pictures: Index) -> list[dict]:
     """Samples that some row answered or failed on, with their stored pictures."""
-    path = folder / "viewer" / "samples.jsonl"
-    stored = {sample["id"]: store.upgrade(sample, path) for sample in store.read(path)[0]}
+    stored = {sample["id"]: sample for sample in store.read(folder / "viewer" / "samples.jsonl")[0]}
     by_id = {
         outcome["id"]: outcome
         for result in report.results

@@ -51,8 +51,8 @@ def save(folder: Path, data: Any, processor, images: int) -> frozenset[str]:
             written.add(name)
             store.replace(folder / "viewer" / name, content.getvalue())
         target = sample["patches"].nonzero()[:, 0].tolist()
-        rows.append({"schema": store.SCHEMA, "id": sample["id"], "picture": name, "target": target})
-    store.replace(folder / "viewer" / "samples.jsonl", store.lines(rows))
+        rows.append({"id": sample["id"], "picture": name, "target": target})
+    store.replace(folder / "viewer" / "samples.jsonl", store.lines(store.with_schema(rows)))
     return frozenset(row["id"] for row in rows)
 
 

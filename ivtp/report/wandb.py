@@ -7,7 +7,7 @@ from typing import Any
 from ivtp.data.datamodule import images_of
 from ivtp.data.failures import Failed, answered, failures, read
 from ivtp.data.outcomes import Outcome
-from ivtp.evaluation.statistics import compare
+from ivtp.evaluation.statistics import compare, flip
 from ivtp.report.plots import kept_patches
 from ivtp.results import Result
 from ivtp.text import one_line, printable
@@ -139,10 +139,3 @@ def tables(result: Result, outcomes: list[Outcome], unpruned: list[Outcome], dat
         if flipped:
             flips.add_data(*cells, answer, scores[1], flip(outcome, other))
     return rows, flips, images
-
-
-def flip(outcome: Outcome, other: Outcome) -> str:
-    """Kind of a flipped answer: "gained" a right one, "lost" one, or "changed" one wrong answer for another."""
-    if outcome["correct"] == other["correct"]:
-        return "changed"
-    return "gained" if outcome["correct"] else "lost"

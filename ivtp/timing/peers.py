@@ -21,7 +21,7 @@ from ivtp.core.tokens import Tokens
 from ivtp.evaluation.profiling import peak_bytes
 from ivtp.timing.measure import Run, can_empty_heap, empty_heap, interleave, ratio, summary
 from ivtp.timing.models import prompts
-from ivtp.timing.prefill import Case, cache_bytes, entered, kv_bytes
+from ivtp.timing.prefill import Case, closed_cache_bytes, entered, kv_bytes
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def snapkv(case: Case) -> Run:
     later versions no longer pass on.
     """
     inputs, _ = prompts(case.model, case.batch, case.text)
-    pruned, whole = (cache_bytes(case, name)["closed"] for name in ("ivtp", "none"))
+    pruned, whole = (closed_cache_bytes(case, name) for name in ("ivtp", "none"))
     length = inputs["input_ids"].shape[1]
     window = min(64, length // 2)  # its default, or less in a short prompt
     press = import_module("kvpress").SnapKVPress(compression_ratio=1 - pruned / whole, window_size=window)

@@ -224,12 +224,16 @@ def cache_bytes(case: Case, name: str) -> dict[str, int]:
     """Bytes of the keys and values after a prefill, as found and in closed form."""
     with entered(case.runs()[name]) as call:
         found = kv_bytes(call())
+    return {"found": found, "closed": closed_cache_bytes(case, name)}
+
+
+def closed_cache_bytes(case: Case, name: str) -> int:
+    """Bytes of the keys and values after a prefill in closed form."""
     shape, plan = shape_of(case.model), case.plans[name]
     size, stack, average = case.model.dtype.itemsize, shape.language, cost(shape, plan, case.text).average_tokens
     assert stack is not None and average is not None
     tokens = stack.depth * (average + case.text + shape.separators)
-    closed = case.batch * 2 * tokens * stack.kv_heads * stack.head_width * size
-    return {"found": found, "closed": round(closed)}
+    return round(case.batch * 2 * tokens * stack.kv_heads * stack.head_width * size)
 
 
 def kv_bytes(output) -> int:

@@ -25,11 +25,11 @@ def throughput(model: Any, keep: int, text: int, batches: Sequence[int], rounds:
     sorted        the same, the longest first (`trainer.sort`)
     """
     count = max(batches)
-    plan = load_pruner("ivtp", shape_of(model), keep=keep)
+    plan, (inputs, _) = load_pruner("ivtp", shape_of(model), keep=keep), prompts(model, count, text)
     runs: dict[tuple[str, int, str], Run] = {}
     for size in batches:
         for order in ORDERS:
-            batched = list(in_batches(model, count, text, size, order))
+            batched = list(in_batches(inputs, text, size, order))
             runs["unpruned", size, order] = Run(prefills(model, batched, None))
             runs["ivtp", size, order] = Run(prefills(model, batched, plan))
     seconds = interleave(runs, rounds, model.device, warmup)
@@ -50,10 +50,9 @@ def prefills(model: Any, batches: list[tuple[dict[str, Tensor], list[str]]], pla
     return run
 
 
-def in_batches(model: Any, count: int, text: int, size: int, order: str):
-    """Batches of the same `count` prompts, padded on the left to the longest."""
-    inputs, _ = prompts(model, count, text)
-    g = torch.Generator().manual_seed(1)
+def in_batches(inputs: dict[str, Tensor], text: int, size: int, order: str):
+    """Batches of the same prompts of `text` words, padded on the left to the longest."""
+    count, g = len(inputs["input_ids"]), torch.Generator().manual_seed(1)
     words = torch.randint(max(2, text // 4), text + 1, (count,), generator=g)
     if order == "even":
         words = torch.full_like(words, text)

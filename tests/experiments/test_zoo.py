@@ -15,8 +15,8 @@ PROMPT, INSTRUCTION = 9, 9
 
 
 @cache
-def planned(model: str = "tiny") -> list:
-    config = load_config(["experiment=zoo", f"model={model}"])
+def planned() -> list:
+    config = load_config(["experiment=zoo"])
     return plan_rows(list(variants(config)), build_shape(config), PROMPT, INSTRUCTION)
 
 

@@ -154,48 +154,27 @@ def qwen2_5_vl():
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
         Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
         Qwen2VLVideoProcessor,
     )
 
-    words = tokenizer(*QWEN)
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 7,
-            "hidden_size": 24,
-            "intermediate_size": 37,
-            "num_heads": 3,
-            "patch_size": 7,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 28,
-            "fullatt_block_indexes": [2, 5],
-            "out_hidden_size": 48,
-        },
-        text_config={
-            **TEXT,
-            "vocab_size": len(words),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
-        },
-        **qwen_ids(words),
-    )
-    size = {"patch_size": 7, "merge_size": 2, "temporal_patch_size": 2}
-    images = Qwen2VLImageProcessor(size={"shortest_edge": 14 * 14 * 4, "longest_edge": 14 * 14 * 40}, **size)
-    processor = Qwen2_5_VLProcessor(images, words, Qwen2VLVideoProcessor(**size))
-    return build(Qwen2_5_VLForConditionalGeneration, config), processor, "<|vision_start|><|image_pad|><|vision_end|>"
+    classes = Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+    return qwen(*classes, {"window_size": 28, "fullatt_block_indexes": [2, 5]})
 
 
 def qwen3_vl():
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    classes = Qwen3VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    return qwen(*classes, {"num_position_embeddings": 49, "deepstack_visual_indexes": [1, 3]}, head_dim=12)
+
+
+def qwen(model_class, config_class, processor_class, video_class, vision: dict, **text):
+    """A Qwen-VL, its processor and what stands for an image; `vision` and `text` are what its generation adds."""
+    from transformers import Qwen2VLImageProcessor
 
     words = tokenizer(*QWEN)
-    config = Qwen3VLConfig(
+    size = {"patch_size": 7, "merge_size": 2, "temporal_patch_size": 2}
+    config = config_class(
         vision_config={
             "depth": 7,
             "hidden_size": 24,
@@ -205,21 +184,19 @@ def qwen3_vl():
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "out_hidden_size": 48,
-            "num_position_embeddings": 49,
-            "deepstack_visual_indexes": [1, 3],
+            **vision,
         },
         text_config={
             **TEXT,
-            "head_dim": 12,
             "vocab_size": len(words),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+            **text,
         },
         **qwen_ids(words),
     )
-    size = {"patch_size": 7, "merge_size": 2, "temporal_patch_size": 2}
     images = Qwen2VLImageProcessor(size={"shortest_edge": 14 * 14 * 4, "longest_edge": 14 * 14 * 40}, **size)
-    processor = Qwen3VLProcessor(images, words, Qwen3VLVideoProcessor(**size))
-    return build(Qwen3VLForConditionalGeneration, config), processor, "<|vision_start|><|image_pad|><|vision_end|>"
+    processor = processor_class(images, words, video_class(**size))
+    return build(model_class, config), processor, "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def internvl():

@@ -14,8 +14,6 @@ PRUNERS = ivtp.list_pruners()
 TOKENS = 4
 BLIND = {"grid_stride"}
 """Pruners that do not look at the image: they keep the same patches of every one."""
-BLIND = {"grid_stride"}
-"""Pruners that look at no image."""
 
 
 def drops(name: str, model, **settings):

@@ -152,7 +152,7 @@ def test_batches_hold_the_same_prompts_in_every_order(case):
     held = {}
     for size, order in ((1, "as they come"), (3, "as they come"), (3, "sorted")):
         held[size, order] = []
-        for inputs, asked in in_batches(case.model, 5, 29, size, order):
+        for inputs, asked in in_batches(prompts(case.model, 5, 29)[0], 29, size, order):
             mask = inputs["attention_mask"].bool()
             assert mask[:, -1].all() and mask[mask.sum(1).argmax()].all()
             assert [row.split()[-1] for row in asked] == [str(int(ids[-1])) for ids in inputs["input_ids"]]

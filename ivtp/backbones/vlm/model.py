@@ -69,7 +69,7 @@ class PrunedModel:
             self.read_at = (self.plan.part1 if self.plan.language else 0) or part1_layers(shape_of(model))
         guide = None
         if self.plan.needs_guide:
-            guide = guide_for(model, self.plan.reads_clip or self.plan.reads_relevance)
+            guide = guide_for(model, self.plan.reads_text)
             instruction = options.instruction
             guide.instructions = [instruction] if isinstance(instruction, str) else instruction
         self.guidance = Guidance(adapter, self.core.get_input_embeddings(), guide, options)

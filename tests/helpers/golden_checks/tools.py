@@ -52,7 +52,7 @@ class Watched:
         return tokens
 
 
-def timm_vit(case, distilled: bool = False, head: str = "head.weight"):
+def timm_vit(case, distilled: bool = False):
     """The case's whole network as a timm VisionTransformer."""
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer
@@ -61,7 +61,7 @@ def timm_vit(case, distilled: bool = False, head: str = "head.weight"):
     make = VisionTransformerDistilled if distilled else VisionTransformer
     model = make(
         img_size=tuple(p["img_size"]), patch_size=p["patch"], embed_dim=p["dim"], depth=p["depth"],
-        num_heads=p["heads"], mlp_ratio=p["mlp_ratio"], num_classes=weights[head].shape[0],
+        num_heads=p["heads"], mlp_ratio=p["mlp_ratio"], num_classes=weights["head.weight"].shape[0],
         norm_layer=partial(torch.nn.LayerNorm, eps=p["eps_layernorm"]),
     )  # fmt: skip
     model.load_state_dict(weights)

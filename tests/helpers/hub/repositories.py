@@ -235,7 +235,7 @@ LLAVA_CHAT = (
 )
 
 
-def qwen_chat(image: str, after: str = "") -> str:
+def qwen_chat(image: str) -> str:
     """Qwen's turns, with what stands for an image."""
     return (
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}"
@@ -243,9 +243,7 @@ def qwen_chat(image: str, after: str = "") -> str:
         "{{ '"
         + image
         + "' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
-        "{{'<|im_end|>"
-        + after
-        + "\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{{'<|im_end|>\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
 
 
