@@ -18,6 +18,7 @@ from typing import Protocol, get_args, get_type_hints
 
 from ivtp.core.flops import Shape
 from ivtp.core.plan import Plan
+from ivtp.pruners.default_layers import language_depth
 from ivtp.registry import Registry, UnknownName, check_choice, unknown
 
 PER = ("image", "crop")
@@ -110,10 +111,8 @@ def check_plan(plan: Plan, shape: Shape, name: str = "the plan") -> None:
     if plan.vision is not None:
         plan.vision.schedule.check(shape.patches, shape.vision.depth, "vision")
     if plan.language is not None:
-        if shape.language is None:
-            raise ValueError(f"{name} prunes inside a language model, but this model has none")
-        reach = plan.leaving(shape.patches, shape.crops)
-        plan.language.schedule.check(reach, shape.language.depth, "language")
+        depth = language_depth(shape, name)
+        plan.language.schedule.check(plan.leaving(shape.patches, shape.crops), depth, "language")
 
 
 def _by_crops(name: str, shape: Shape, position_ids: str, per: str, settings: dict) -> Plan:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ivtp.core import Plan, Select, Selection, Shape, Stage, Tokens
 from ivtp.core.scores import Layerwise
+from ivtp.core.tokens import indices
 from ivtp.pruners import register_pruner
 from ivtp.pruners.default_layers import grouped
 
@@ -71,5 +72,5 @@ def unique(picked: Int[Tensor, "b k"]) -> tuple[Int[Tensor, "b k"], Bool[Tensor,
     """Ranks without repetition, brought to the front, and which of them count. Ranks come in ascending order."""
     new = torch.ones_like(picked, dtype=torch.bool)
     new[:, 1:] = picked[:, 1:] != picked[:, :-1]
-    front = new.byte().argsort(dim=1, descending=True, stable=True)
+    front = indices(new, new.shape[1])
     return picked.gather(1, front), new.gather(1, front)

@@ -62,6 +62,12 @@ def language_depth(shape: Shape, name: str) -> int:
     return shape.language.depth
 
 
+def check_vision_keep(shape: Shape, keep: int, vision_keep: int) -> None:
+    """Refuse more tokens behind the tower than there are, or fewer than stay."""
+    if not keep <= vision_keep <= shape.patches:
+        raise ValueError(f"vision_keep={vision_keep} must be between keep={keep} and {shape.patches}")
+
+
 def before_language(shape: Shape, name: str, layer: int, keep: int) -> Schedule:
     """One cut before a language layer; raises ValueError where that layer, or one before it, does not exist."""
     last = language_depth(shape, name) - 1

@@ -7,7 +7,7 @@ import warnings
 from ivtp.core import Plan, Shape, Stage
 from ivtp.core.scores import Layerwise, Random, Rollout, TargetFirst
 from ivtp.pruners import register_pruner
-from ivtp.pruners.default_layers import at_both_sites, both_ends
+from ivtp.pruners.default_layers import at_both_sites, both_ends, check_vision_keep
 from ivtp.registry import check_choice
 
 
@@ -54,8 +54,8 @@ def ivtp(
         if not 0 <= split <= 1:
             raise ValueError(f"split={split} must be between 0 (all in the language model) and 1 (all in the ViT)")
         vision_keep = round(shape.patches * (keep / shape.patches) ** split)
-    if vision_keep is not None and not keep <= vision_keep <= shape.patches:
-        raise ValueError(f"vision_keep={vision_keep} must be between keep={keep} and {shape.patches}")
+    if vision_keep is not None:
+        check_vision_keep(shape, keep, vision_keep)
     vision, language = at_both_sites(shape, keep, in_vision, in_language, vision_keep=vision_keep)
     scores = {
         "rollout": Rollout(combine, value_norm),

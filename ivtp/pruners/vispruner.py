@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ivtp.core import CutSizes, Plan, Select, Selection, Shape, Stage, Tokens
 from ivtp.core.scores import Layerwise
-from ivtp.core.selects import Hidden, cosines, descending
+from ivtp.core.selects import Hidden, TopK, cosines, descending
 from ivtp.pruners import register_pruner
 from ivtp.pruners.default_layers import feature_cut
 from ivtp.registry import check_range
@@ -53,9 +53,9 @@ class ImportantAndDiverse(Select):
 
     def __call__(self, scores: Tensor, metric: Tensor, keep: int, tokens: Tokens) -> Selection:
         important = int(keep * self.important_ratio)
-        order = descending(scores)
         if important == keep:
-            return Selection(order[:, :keep].sort(dim=1).values)
+            return TopK()(scores, None, keep, tokens)
+        order = descending(scores)
         valid = tokens.of_visual(tokens.valid)
         # Padding is a double of every token, so it goes first.
         similarity = cosines(metric, metric).masked_fill(~valid[:, :, None], 2.0).masked_fill(~valid[:, None], -2.0)

@@ -10,10 +10,10 @@ from torch import Tensor
 from ivtp.core import Attention, CutSizes, Plan, Score, Select, Selection, Shape, Stage, Tokens
 from ivtp.core.reduces import Merge
 from ivtp.core.scores import Layerwise, hide_padding, reference_flops, reference_row
-from ivtp.core.selects import Hidden, cosines, descending, in_own_slots
+from ivtp.core.selects import Hidden, TopK, cosines, descending, in_own_slots
 from ivtp.core.tokens import take
 from ivtp.pruners import register_pruner
-from ivtp.pruners.default_layers import before_language, feature_cut, language_depth
+from ivtp.pruners.default_layers import before_language, check_vision_keep, feature_cut, language_depth
 from ivtp.registry import check_range
 
 WINDOWS = 4
@@ -46,8 +46,7 @@ def vscan(
     language = before_language(shape, "vscan", layer, keep)
     vision_keep = min(2 * keep, shape.patches) if vision_keep is None else vision_keep
     check_range("local_layer", local, 0, deep, ", the layer behind which vscan cuts")
-    if not keep <= vision_keep <= shape.patches:
-        raise ValueError(f"vision_keep={vision_keep} must be between keep={keep} and {shape.patches}")
+    check_vision_keep(shape, keep, vision_keep)
     rows, columns = shape.grid
     each = vision_keep // 2 // (WINDOWS * WINDOWS)
     smallest = (rows // WINDOWS) * (columns // WINDOWS)
@@ -93,7 +92,7 @@ class NearestKept(Select):
     """The highest scores in sequence order; every other token joins the kept one it resembles most (cosine)."""
 
     def __call__(self, scores: Tensor, metric: Tensor, keep: int, tokens: Tokens) -> Selection:
-        index = descending(scores)[:, :keep].sort(dim=1).values
+        index = TopK()(scores, None, keep, tokens).index
         return Selection(index, in_own_slots(cosines(metric, take(metric, index)).argmax(2), index))
 
     def flops(self, sizes: CutSizes) -> int:

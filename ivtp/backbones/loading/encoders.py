@@ -21,6 +21,7 @@ from ivtp.backbones.text.loading import (
     OPEN_CLIP,
     OPEN_CLIP_WEIGHTS,
     open_clip_named,
+    read_tensors,
     trained_with_quick_gelu,
 )
 from ivtp.backbones.vision.transformers import resize
@@ -295,9 +296,8 @@ def _embedded(folder: Path) -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
     half, weights = "vision_tower.", load_file(folder / "clip" / "model.safetensors")
-    for name, value in load_file(folder / "model.safetensors").items():
-        if name.startswith(half):
-            weights[f"vision_model.{name.removeprefix(half)}"] = value
+    tower = read_tensors([folder / "model.safetensors"], lambda name: name.startswith(half))
+    weights |= {f"vision_model.{name.removeprefix(half)}": value for name, value in tower.items()}
     model = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
     model.load_state_dict(weights)
     return model

@@ -14,7 +14,7 @@ from ivtp.backbones.vlm.adapter import ImageInput, VLMAdapter
 from ivtp.backbones.vlm.call import Call
 from ivtp.backbones.vlm.vision_pass import EncodedImages
 from ivtp.core.scores import mix
-from ivtp.core.tokens import Facts, Selection, Tokens, put
+from ivtp.core.tokens import Facts, Selection, Tokens, indices, put
 from ivtp.registry import UserError
 
 
@@ -178,7 +178,7 @@ class Prompts:
 
     def image_tokens(self, image_token_id: int, count: int) -> Tensor:
         """Places of the `count` image tokens of each prompt "b s"."""
-        return (self.input_ids != image_token_id).byte().argsort(dim=1, stable=True)[:, :count]
+        return indices(self.input_ids == image_token_id, count)
 
 
 def assemble(
