@@ -97,7 +97,7 @@ function theme() {
   return {
     background: "transparent", font, view: { stroke: null },
     axis: { labelColor: quiet, titleColor: quiet, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: 400, labelFontSize: 11, titleFontSize: 12, labelLimit: 180 },
-    legend: { labelColor: text, titleColor: quiet, labelLimit: 220, symbolStrokeColor: quiet, titleFontWeight: 400 },
+    legend: { labelColor: text, titleColor: quiet, labelLimit: 220, symbolStrokeColor: quiet, symbolBaseFillColor: quiet, titleFontWeight: 400 },
     header: { labelColor: text, titleColor: quiet, labelFontSize: 12, labelFontWeight: 600, labelAnchor: "start" },
   };
 }
