@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ivtp.backbones.family import ModelError, PruneOptions, family_of, language_families, shape_of, unwrapped
 from ivtp.backbones.loading.checks import check_device, check_finite, check_weight_files, read_config
-from ivtp.backbones.loading.hub import CODE, EMBEDDED, SMALL, WEIGHTS, fetch, one_line, with_files
-from ivtp.backbones.loading.image_inputs import configure, limit_crops, warn_if_cropped
+from ivtp.backbones.loading.hub import CODE, EMBEDDED, SMALL, WEIGHTS, fetch, one_line, straight_to, with_files
+from ivtp.backbones.loading.image_inputs import configure, limit_crops, limit_pixels, warn_if_cropped
 from ivtp.backbones.text.encoders import TextEncoder
 from ivtp.backbones.vlm.vision_cache import VisionCache
 from ivtp.core.flops import Shape
@@ -38,6 +38,7 @@ def load_model(
     pack: bool = False,
     image_padding: str | None = None,
     max_crops: int | None = None,
+    max_pixels: int | None = None,
 ):
     """Load a frozen model and its processor, ready for `prune`.
 
@@ -58,7 +59,9 @@ def load_model(
     max_crops     the most crops that an image is cut into besides the whole (LLaVA-NeXT, LLaVA-OneVision); default: as the
                   checkpoint has it. LLaVA-OneVision interpolates the features of images of more than N crops, which a
                   tower cannot prune: with max_crops=N there are none (N=9 for `anyres_max_9`, the published ones).
-    Both settings change the processor (and `max_crops` the model's config) in place, also those that you give; each call
+    max_pixels    the most pixels of an image (Qwen2.5-VL, Qwen3-VL): larger ones are made smaller; default: as the checkpoint
+                  has it, or as an earlier call set it
+    These settings change the processor (and `max_crops` the model's config) in place, also those that you give; each call
     starts from all grids of the checkpoint, so that one without `max_crops` lifts an earlier limit.
     Raises ModelError, in one line, for what is missing, truncated, or not stored as safetensors.
     """
@@ -85,6 +88,8 @@ def load_model(
     if pack:
         pack_linears(model)
     limit = configure(model, processor, image_padding, max_crops, crop_limit_of(unwrapped(model)))
+    if max_pixels is not None:
+        limit_pixels(model.config, getattr(processor, "image_processor", None), max_pixels)
     attach(unwrapped(model), processor, text_encoder or _clip_inside(where), pack, limit)
     return model, processor
 
@@ -98,7 +103,7 @@ def _placement(device: str, device_map: str | dict | None, load_in_4bit: bool) -
 
         quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         return {"quantization_config": quantised, "device_map": device_map or {"": device}}
-    return {} if device_map is None else {"device_map": device_map}
+    return straight_to(device) if device_map is None else {"device_map": device_map}
 
 
 def _from_pretrained(where: str, dtype: str, revision: str | None, trust_remote_code: bool, settings: dict):

@@ -28,8 +28,12 @@ class UserError(ValueError):
     """A request that cannot be met: the message, one line, names the value, the bound and the fix."""
 
 
-class Terminated(KeyboardInterrupt):
-    """A stop by SIGTERM, as schedulers send it, in place of Ctrl-C."""
+class RankLost(UserError):
+    """Another process of the run has ended before its work was done."""
+
+
+LAUNCHED = "ivtp-"
+"""Start of TORCHELASTIC_RUN_ID in ranks that the run itself has started."""
 
 
 class UnknownName(UserError):

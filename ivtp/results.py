@@ -1,7 +1,8 @@
 """Results on disk: one JSON line per row of an experiment, one file of per-sample outcomes per row.
 
 `results.jsonl` is the source of truth; everything else (table, figures, W&B) is drawn from it. Lines are appended in
-one write and synced, so a kill loses at most the line in flight; a torn line is set aside on the next start.
+one write and synced, so a kill loses at most the line in flight; a torn line is set aside on the next start. One process
+at a time writes to a folder: see `only_writer`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,32 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ivtp.data.outcomes import Outcome
+from filelock import FileLock, Timeout
+
+from ivtp.data.outcomes import Outcome, is_outcome
 from ivtp.registry import UserError
 from ivtp.text import escaped
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the lines of results.jsonl, blind.jsonl, costs.jsonl and outcomes/. Lines of version 1 state none."""
-RENAMED = {"acc_early": "early_accuracy", "hit": "hit_rate", "share": "target_share"}
+RENAMED_METRICS = {"acc_early": "early_accuracy", "hit": "hit_rate", "share": "target_share"}
 """Metrics that had other names in version 1."""
+RENAMED_FIELDS = {"hit": "target_hit", "share": "target_share"}
+"""Fields of outcomes that had other names before version 3."""
+
+
+LOCK = ".lock"
+"""File in a folder of results that its writer locks; `.lock.json` beside it says who that is."""
+PATIENCE = 10.0
+"""Seconds to wait for a lock: what is left of a run that was killed, as its workers, ends within them."""
 
 
 class RecordError(UserError):
@@ -102,14 +116,43 @@ def upgrade(line: dict, path: Path) -> dict:
         if "asked" in line:  # of costs.jsonl, of the page's viewer
             line["target" if "picture" in line else "budget"] = line.pop("asked")
         if "metrics" in line:
-            line["metrics"] = {RENAMED.get(name, name): value for name, value in line["metrics"].items()}
+            line["metrics"] = {RENAMED_METRICS.get(name, name): value for name, value in line["metrics"].items()}
+    if version < 3:
+        line = {RENAMED_FIELDS.get(name, name): value for name, value in line.items()}
     return line
 
 
 def read_results(path: Path) -> tuple[list[Result], int]:
-    """Results of `results.jsonl` or `blind.jsonl`, and the number of torn lines that were set aside."""
-    (rows, torn), names = read(path), {f.name for f in fields(Result)}
-    return [Result(**{name: row[name] for name in row if name in names}) for row in rows], torn
+    """Results of `results.jsonl` or `blind.jsonl`, and the number of torn or foreign lines that were set aside."""
+    lines, torn = read(path)
+    foreign = set_aside(path, lines, is_result)
+    return _results(lines), torn + foreign
+
+
+def glance(path: Path) -> list[Result]:
+    """Results of a file that another process may be writing: what cannot be used stays where it is."""
+    return _results([upgrade(row, path) for _, row in _parsed(path) if row is not None])
+
+
+def _results(rows: Iterable[dict]) -> list[Result]:
+    names = {f.name for f in fields(Result)}
+    return [Result(**{name: row[name] for name in row if name in names}) for row in rows if is_result(row)]
+
+
+def drop_repeated(path: Path) -> int:
+    """Set aside every result that says the same as the one before it of its row; return their number."""
+    rows, last, repeated = read(path)[0], {}, set()
+    for row in rows:
+        content = row["metrics"], row.get("failed")
+        if last.get((row["key"], row["label"])) == content:
+            repeated.add(id(row))
+        last[row["key"], row["label"]] = content
+    return set_aside(path, rows, lambda row: id(row) not in repeated)
+
+
+def is_result(row: dict) -> bool:
+    """True if a line holds a result: a label, a key and metrics."""
+    return all(isinstance(row.get(name), kind) for name, kind in (("label", str), ("key", str), ("metrics", dict)))
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:
@@ -120,6 +163,33 @@ def append_results(path: Path, results: Iterable[Result]) -> None:
 def read_outcomes(path: Path) -> list[Outcome]:
     """Outcomes of one row, in the order of the file."""
     return read(path)[0]
+
+
+def outcomes_of(folder: Path, result: Result) -> list[Outcome]:
+    """Outcomes on which a result rests; raises RecordError where they are not those that it was made of."""
+    path = folder / "outcomes" / f"{result.key}.jsonl"
+    outcomes = read_outcomes(path)
+    if not agree(result, outcomes):
+        raise RecordError(
+            f"{path} does not hold the outcomes of row {result.label!r}: {len(outcomes)} lines; run the same experiment "
+            "again, which evaluates what is missing"
+        )
+    return outcomes
+
+
+def agree(result: Result, outcomes: list[Outcome]) -> bool:
+    """True if a result was made of these outcomes: one of each sample, as many scored and failed ones, as many images."""
+    if not all(map(is_outcome, outcomes)) or repeated(outcomes):
+        return False
+    answered = [outcome for outcome in outcomes if "failed" not in outcome]
+    scored, images = sum(o["correct"] is not None for o in answered), len({o["image"] for o in answered})
+    failed, metrics = (result.failed or {}).get("n", 0), result.metrics
+    return (scored, images, len(outcomes) - len(answered)) == (metrics["accuracy"]["n"], metrics["images"], failed)
+
+
+def repeated(outcomes: Iterable[Outcome]) -> set[str]:
+    """Ids of the samples that have more than one outcome."""
+    return {name for name, count in Counter(outcome["id"] for outcome in outcomes).items() if count > 1}
 
 
 def with_schema(rows: Iterable[dict]) -> list[dict]:
@@ -166,24 +236,66 @@ def _writing(path: Path) -> Iterator[None]:
 
 def read(path: Path) -> tuple[list[dict], int]:
     """Rows of a JSON-lines file in the present schema, and the number of torn lines set aside (into `<file>.torn`)."""
-    if not path.is_file():
-        return [], 0
-    rows, torn = [], []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("no line end")
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-            rows.append((line, row))
-        except ValueError:
-            torn.append(line)
+    parsed = _parsed(path)
+    torn = [line for line, row in parsed if row is None]
     if torn:
         aside = path.with_name(path.name + ".torn")
         replace(aside, (aside.read_bytes() if aside.exists() else b"") + b"".join(torn))
-        replace(path, b"".join(line for line, _ in rows))
-    return [upgrade(row, path) for _, row in rows], len(torn)
+        replace(path, b"".join(line for line, row in parsed if row is not None))
+    return [upgrade(row, path) for _, row in parsed if row is not None], len(torn)
+
+
+def _parsed(path: Path) -> list[tuple[bytes, dict | None]]:
+    """Lines of a JSON-lines file with their rows, None for a torn one; none of a file that does not exist."""
+    parsed: list[tuple[bytes, dict | None]] = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        parsed.append((line, row if isinstance(row, dict) else None))
+    return parsed
+
+
+def set_aside(path: Path, rows: Sequence[dict], keep: Callable[[dict], bool]) -> int:
+    """Move the rows of a file that cannot be used into `<file>.aside`; return their number."""
+    unusable = [row for row in rows if not keep(row)]
+    if unusable:
+        append(path.with_name(path.name + ".aside"), with_schema(unusable))
+        replace(path, lines(with_schema(row for row in rows if keep(row))))
+    return len(unusable)
+
+
+@contextmanager
+def only_writer(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Hold a lock of a folder of results; raise RecordError in one line if another process holds it.
+
+    The lock is the operating system's: it ends with its process, however that ends, and holds on a shared file system.
+    """
+    about = folder / f"{name}.json"
+    with _writing(folder / name):
+        lock = FileLock(folder / name)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise RecordError(
+                f"{folder} is being written by {_writer(about)}; wait for it, or choose output=FOLDER"
+            ) from None
+    try:
+        writer = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+        replace(about, as_json(writer))
+        yield
+    finally:
+        about.unlink(missing_ok=True)
+        lock.release()
+
+
+def _writer(about: Path) -> str:
+    try:
+        writer = json.loads(about.read_text())
+        return f"process {writer['pid']} on {writer['host']} since {writer['time']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or just ended
+        return "another process"
 
 
 def replace(path: Path, content: bytes) -> None:

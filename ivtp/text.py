@@ -38,3 +38,13 @@ def escaped(json: str) -> str:
 def shortened(text: str, most: int) -> str:
     """Shorten text to a number of characters, the last one an ellipsis."""
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def first_sentence(docstring: str | None) -> str:
+    """First sentence of a docstring, on one line.
+
+    >>> first_sentence("The frozen model, as it is. Nothing is cut.")
+    'The frozen model, as it is.'
+    """
+    paragraph = (docstring or "").strip().split("\n\n")[0]
+    return re.split(r"(?<=\w\w\.)(?<!\bal\.)\s(?=[A-Z`])", " ".join(paragraph.split()))[0]

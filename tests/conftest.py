@@ -15,6 +15,7 @@ if not os.environ.get("JAXTYPING_DISABLE"):
     install_import_hook("ivtp.core", "helpers.checks.checked")
 
 import inspect
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +81,14 @@ def _facts_are_true():
     Tokens.__post_init__ = checked
     yield
     Tokens.__post_init__ = find
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _not_under_nohup():
+    """Tests that send SIGHUP are right where it ends a process, also those that `nohup` has started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +165,24 @@ def vision_config(**changes):
         "projection_dim": 13,
     }
     return CLIPVisionConfig(**{**sizes, **changes})
+
+
+def text_config(tokenizer, context: int = 19):
+    """CLIP's text half in the joint space of 13 dimensions."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=20,
+        intermediate_size=31,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        max_position_embeddings=context,
+        projection_dim=13,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
 
 
 def make_clip(kernel: str = "sdpa"):
@@ -280,26 +307,14 @@ def byte_tokenizer(corpus=(*TEXTS, *TEXTS), size: int = 320, **settings):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<start>", eos_token="<end>", **settings)
 
 
-def make_text_encoder(context: int = 19, seed: int = 6, vision_width: int = 24):
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+def make_text_encoder(context: int = 19, vision_width: int = 24):
+    from transformers import CLIPTextModelWithProjection
 
     from ivtp.backbones.text.encoders import TransformersText
 
     tokenizer = byte_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=20,
-        intermediate_size=31,
-        num_hidden_layers=3,
-        num_attention_heads=5,
-        max_position_embeddings=context,
-        projection_dim=13,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    model = shake(CLIPTextModelWithProjection(config), seed)
-    projection = torch.randn(13, vision_width, generator=torch.Generator().manual_seed(seed))
+    model = shake(CLIPTextModelWithProjection(text_config(tokenizer, context)), 6)
+    projection = torch.randn(13, vision_width, generator=torch.Generator().manual_seed(6))
     return TransformersText(model, tokenizer, projection)
 
 
@@ -379,6 +394,16 @@ def plan_of(name: str, model, **settings):
         if "halve" in str(error):
             pytest.skip(f"{name} can at most halve the tokens in one step, and this schedule asks for more")
         raise
+
+
+def skip_unless_it_drops(name: str, plan) -> None:
+    """Skip a pruner that blends the tokens that it removes into those that it keeps: no mask is equivalent."""
+    from ivtp.core.plan import Stage
+    from ivtp.core.reduces import Drop
+
+    for stage in (plan.vision, plan.language):
+        if stage is not None and not (isinstance(stage, Stage) and stage.reduce == Drop()):
+            pytest.skip(f"{name} blends what it removes into what it keeps; hiding by a mask is not the same")
 
 
 def close(actual, expected, tolerance: float = 1e-5):

@@ -1,4 +1,4 @@
-"""The direction of dependence, read from the imports; and that `import ivtp` is cheap."""
+"""The direction of dependence, read from the imports; that `import ivtp` is cheap, and that functions take few parameters."""
 
 import ast
 import subprocess
@@ -34,6 +34,7 @@ def layer(path: Path) -> str:
 SHELVES = (
     "registry",
     "text",
+    "signals",
     "core",
     "pruners",
     "backbones",
@@ -73,6 +74,31 @@ def test_the_test_itself_sees_imports():
     assert {layer(p) for p in MODULES} >= set(SHELVES)
     assert "ivtp.core.tokens" in imports(ROOT / "core" / "loop.py")
     assert "transformers" in imports(ROOT / "api.py")
+
+
+MOST_PARAMETERS = 7
+MANY_PARAMETERS = {"load_model": "users give each setting of a checkpoint by its name"}
+"""Functions that may take more, with the reason; so may registered pruners, whose parameters are the method's settings."""
+
+
+def with_many_parameters(tree: ast.AST) -> list[str]:
+    """Functions of a module with more than `MOST_PARAMETERS` named parameters besides `self`, but for pruners."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            named = [argument for argument in taken if argument.arg not in ("self", "cls")]
+            pruner = any("register_pruner" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if len(named) > MOST_PARAMETERS and not pruner:
+                names.append(node.name)
+    return names
+
+
+def test_functions_take_few_parameters():
+    assert with_many_parameters(ast.parse("def f(self, a, b, c, d, e, f, *, g): ...")) == []
+    assert with_many_parameters(ast.parse("def f(self, a, b, c, d, e, f, *, g, h): ...")) == ["f"]
+    many = [name for path in MODULES for name in with_many_parameters(ast.parse(path.read_text()))]
+    assert many == list(MANY_PARAMETERS)
 
 
 def test_import_ivtp_is_cheap():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from ivtp.experiment.config import FOLDER, GROUPS, ConfigError, load_config, options, pruner_defaults, variants
+from ivtp.experiment.config import FOLDER, GROUPS, ConfigError, load_config, options, pruner_defaults
+from ivtp.experiment.variants import variants
 from ivtp.pruners import list_pruners, register_pruner
 from ivtp.registry import UnknownName, UserError
 
@@ -200,6 +201,12 @@ def test_packed_weights_cannot_be_compiled():
         ("[{label: a, sweep: {groups: [3]}}]", "Did you mean 'group'?"),
         ("[{label: a, tua: 3}]", "Did you mean 'tau'?"),
         ("[{label: a, pruner: ivtpp}]", "Did you mean 'ivtp'?"),
+        ("[{label: a, pruner: {name: ivtp}}]", "pruner={'name': 'ivtp'} must be the name of a pruner"),
+        ("[{label: a, pruner: [ivtp]}]", "must be the name of a pruner, with its settings beside it"),
+        ("[{label: '{pruner}', sweep: {pruner: [{name: ivtp}]}}]", "the pruners of its sweep must be names"),
+        ("[{label: a, sweep: {3: [1]}}]", "must name its settings by texts"),
+        ("[{label: a, section: [b]}]", "section=['b'] must be a text"),
+        ("[{label: a, stand_in: {name: resampler}}]", "stand_in={'name': 'resampler'} must be the name of a method"),
         ("[{label: a, budget: {keeep: 3}}]", "Did you mean 'keep'?"),
         ("[{label: a, budget: 16}]", "must name its kind"),
         ("[{label: a, budget: {keep: 3, tflops: 1}}]", "both given"),
@@ -208,4 +215,31 @@ def test_packed_weights_cannot_be_compiled():
 def test_rows_that_cannot_be_are_named(rows, said):
     with pytest.raises(UserError) as raised:
         list(variants(load_config([f"variants={rows}"])))
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    ["a is better", "{claim: a is better}", "{claim: x, rows: [a]}", "{rows: [a, b]}", "{claim: x, rows: [a, {b: c}]}"],
+)
+def test_a_claim_is_about_two_rows(claim):
+    with pytest.raises(ConfigError, match=r"must be \{claim: TEXT, rows: \[BETTER, WORSE\], paper: POINTS\}"):
+        load_config([f"claims=[{claim}]"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("trainer.device=cuda:1 trainer.devices=2", "trainer.device=cuda:1 is one device, but trainer.devices=2"),
+        ("trainer.device=cpu trainer.accelerator=gpu", "trainer.device=cpu is no trainer.accelerator=gpu"),
+        ("trainer.precision=16", "trainer.precision=16 is not one of null, 32-true, 16-mixed, bf16-mixed"),
+        ("trainer.workers=-1", "trainer.workers=-1 must be a whole number of at least 0, or null"),
+        ("trainer.cache_mib=half", "trainer.cache_mib=half must be a whole number of at least 0"),
+        ("trainer.num_nodes=0", "trainer.num_nodes=0 must be a whole number of at least 1"),
+        ("model=qwen3_vl_8b model.max_pixels=0", "model.max_pixels=0 must be a whole number of at least 1, or null"),
+    ],
+)
+def test_devices_and_workers_that_cannot_be_are_refused(given, said):
+    with pytest.raises(ConfigError) as raised:
+        load_config(given.split())
     assert said in str(raised.value)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, close, shake, siglip_config, vision_config
+from conftest import byte_tokenizer, close, shake, siglip_config, text_config, vision_config
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -121,22 +121,11 @@ def marked_tokenizer():
 
 def clip_folder(path):
     """A CLIP of transformers with tokenizer and image processor, as `save_pretrained` writes them."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     tokenizer = marked_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=20,
-        intermediate_size=31,
-        num_hidden_layers=2,
-        num_attention_heads=5,
-        max_position_embeddings=19,
-        projection_dim=13,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision_config().to_dict(), projection_dim=13)
+    text = text_config(tokenizer).to_dict()
+    config = CLIPConfig(text_config=text, vision_config=vision_config().to_dict(), projection_dim=13)
     model = shake(CLIPModel(config))
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -193,13 +182,13 @@ def test_several_templates_are_averaged_after_each_has_unit_length(tmp_path):
     encoder = load_encoder("transformers", str(tmp_path))
     alone = []
     for template in TEMPLATES:
-        features = encoder.read([template.format(name) for name in NAMES])
+        features = encoder.text_features([template.format(name) for name in NAMES])
         alone.append(features / features.norm(dim=-1, keepdim=True))
     names = sum(alone) / 2
     names = names / names.norm(dim=-1, keepdim=True)
-    seen = encoder.see(pixels(encoder))
+    features = encoder.outputs(pixels(encoder))
     encoder.by_names(NAMES, TEMPLATES)
-    close(encoder.logits(pixels(encoder)), seen / seen.norm(dim=-1, keepdim=True) @ names.T)
+    close(encoder.logits(pixels(encoder)), features / features.norm(dim=-1, keepdim=True) @ names.T)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,9 @@ READ += ["model-00001-of-00002.safetensors", "clip/vocab.txt", "additional_chat_
 
 
 def identity_of(model, source: str) -> dict:
-    return build.model_identity(OmegaConf.create({"model": {"source": source}}), model, PROCESSOR)
+    return build.model_identity(
+        OmegaConf.create({"model": {"source": source}, "trainer": {"precision": None}}), model, PROCESSOR
+    )
 
 
 def test_a_commit_that_moves_is_another_model(monkeypatch, tmp_path):

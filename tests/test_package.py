@@ -103,6 +103,21 @@ def test_a_pruner_in_somebody_else_s_wheel_is_found_and_run(site, tmp_path):
     assert (row["label"], row["tokens"][-1], row["cuts"]["vision"]) == ("somebodys", 9, [[3, 9, "block"]])
 
 
+def test_a_newcomer_s_experiment_with_a_pruner_of_their_own_runs_from_the_wheel(site, tmp_path):
+    """The four lines of the README, in an empty folder."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^## Your own pruner.*?^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(script.splitlines()) == 4
+    script = script.replace("python -m", f"{sys.executable} -m").rstrip() + " data.limit=2 logger=none\n"
+    env = environment(PYTHONPATH=str(site))
+    done = subprocess.run(
+        ["bash", "-e"], input=script, capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    row = lines(tmp_path / "outputs" / "first" / "results.jsonl")[-1]
+    assert (row["label"], row["tokens"][-1], bool(row["pruner_source"])) == ("mine", 36, True)
+
+
 def test_importing_the_package_loads_nothing_heavy(tmp_path):
     code = "import sys, json, ivtp; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

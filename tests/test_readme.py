@@ -17,6 +17,9 @@ from helpers.running import COPIED, FIRST_RUN, PAGES, README, ROOT, lines, run
 import ivtp
 from ivtp import bench, cost
 from ivtp.backbones.loading.hub import ASSETS
+from ivtp.experiment import plugins
+from ivtp.pruners import PRUNERS
+from ivtp.report import __main__ as report
 
 FENCES = [
     (page, language, text)
@@ -32,8 +35,8 @@ LINES = [
 COMMANDS = list(
     dict.fromkeys(command for line, command in LINES if command.startswith("python -m ivtp") and line not in FIRST_RUN)
 )
-# Commands for one GPU of several: composed, not run.
-ELSEWHERE = [command for _, command in LINES if re.match(r"CUDA_VISIBLE_DEVICES=\d python -m ivtp\.run ", command)]
+# Commands for several machines: composed, not run.
+ELSEWHERE = [command for _, command in LINES if re.match(r"(srun|torchrun) .*-m ivtp\.run ", command)]
 SNIPPETS = [(page, text) for page, language, text in FENCES if language == "python"]
 
 
@@ -63,9 +66,8 @@ def a_folder_of_questions(tmp_path: Path) -> Path:
     return folder
 
 
-def a_llava(tmp_path: Path) -> Path:
-    """Stands in for LLaVA-1.5's weights, which nobody has here: the embedded model with LLaVA's prompt."""
-    return ASSETS / "tiny"
+A_LLAVA = ASSETS / "tiny"
+"""Stands in for LLaVA-1.5's weights, which nobody has here: the embedded model with LLaVA's prompt."""
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +76,24 @@ def one_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("reader")
 
 
+@pytest.fixture
+def without_plugins(monkeypatch):
+    """What plugins register stays in this test."""
+    monkeypatch.setattr(PRUNERS, "_functions", dict(PRUNERS._functions))
+    monkeypatch.setattr(plugins, "_LOADED", set())
+    yield
+    sys.modules.pop("my_pruner", None)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_runs(command, one_folder, tmp_path, monkeypatch, capsys):
+def test_every_command_runs(command, one_folder, tmp_path, monkeypatch, capsys, without_plugins):
     monkeypatch.chdir(one_folder)
     program, _, module, *arguments = shlex.split(command)
     assert program == "python"
     stand_ins = {
         "data.path=my_pope": lambda: f"data.path={benchmarks.folder('pope')}",
         "data.path=": lambda: f"data.path={a_folder_of_questions(tmp_path)}",
-        "model.source=": lambda: f"model.source={a_llava(tmp_path)}",
+        "model.source=": lambda: f"model.source={A_LLAVA}",
     }
     if "data.path=my_pope" in arguments:  # in words that the embedded model knows
         arguments += ["data.prompt={pre_prompt: '', post_prompt: ''}"]
@@ -99,11 +110,20 @@ def test_every_command_runs(command, one_folder, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.strip()
         return
     if module == "ivtp.report":
-        pytest.fail("name it in this test, with the folder that it reads")
+        for name, pruner in (("first", "topk"), ("second", "ivtp")):
+            assert run(f"pruner={pruner}", f"name={name}", "data.limit=2", output=Path("outputs")) == 0
+        assert report.main(arguments) == 0
+        return
     assert module == "ivtp.run"
-    if "--help" in arguments:
+    if {"--help", "--cfg", "dry_run=true"} & set(arguments):
         assert run(*arguments, quick=False) == 0
         return
+    if "--config-dir" in arguments:
+        Path("mine/experiment").mkdir(parents=True, exist_ok=True)
+        Path("mine/experiment/first.yaml").write_text(fence("docs/how-to/own_experiment.md", "yaml"))
+    if "plugins=[my_pruner.py]" in arguments:
+        Path("my_pruner.py").write_text(SNIPPETS[[page for page, _ in SNIPPETS].index("docs/how-to/own_pruner.md")][1])
+    arguments += ["hydra.sweeper.n_trials=2"] * any(a.startswith("hydra/sweeper=") for a in arguments)
     limit = [] if any(a.startswith("data.limit=") for a in arguments) else ["data.limit=2"]
     assert run(*arguments, "debug=limit", *limit, "logger=none", quick=False) == 0
     output = next((a.partition("=")[2] for a in arguments if a.startswith("output=")), "outputs")
@@ -112,11 +132,11 @@ def test_every_command_runs(command, one_folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", ELSEWHERE)
-def test_commands_for_one_gpu_of_several_compose(command):
-    from ivtp.experiment.config import load_config, variants
+def test_commands_for_several_machines_compose(command):
+    from ivtp.experiment.config import load_config
+    from ivtp.experiment.variants import variants
 
-    _, python, _, module, *arguments = shlex.split(command)
-    assert (python, module) == ("python", "ivtp.run")
+    arguments = shlex.split(command.partition("-m ivtp.run ")[2].replace("$pruner", "ivtp"))
     assert next(row["label"] for row in variants(load_config(arguments))) == "unpruned"
 
 
@@ -129,8 +149,6 @@ def tiny():
 def test_every_piece_of_python_runs(number, tiny, monkeypatch):
     import numpy as np
     from PIL import Image
-
-    from ivtp.pruners import PRUNERS
 
     before = dict(PRUNERS._functions)
     image = Image.fromarray(np.full((96, 96, 3), 90, np.uint8))
@@ -154,19 +172,18 @@ def test_every_piece_of_python_runs(number, tiny, monkeypatch):
 
 def test_the_experiment_of_the_how_to_composes(tmp_path, monkeypatch):
     from ivtp.experiment import config
+    from ivtp.experiment.variants import variants
 
     configs = shutil.copytree(config.FOLDER, tmp_path / "configs")
     text = fence("docs/how-to/own_experiment.md", "yaml")
     (configs / "experiment" / "my_experiment.yaml").write_text(text)
     monkeypatch.setattr(config, "FOLDER", configs)
-    rows = list(config.variants(config.load_config(["experiment=my_experiment"])))
+    rows = list(variants(config.load_config(["experiment=my_experiment"])))
     assert [row["label"] for row in rows] == ["unpruned", "ivtp 1/9", "ivtp 2/9", "random 1/9", "random 2/9"]
     assert config.options("experiment")["my_experiment"].endswith("?")
 
 
 def test_the_entry_point_of_the_how_to_is_that_of_the_registry():
-    from ivtp.pruners import PRUNERS
-
     (group,) = tomllib.loads(fence("docs/how-to/own_pruner.md", "toml"))["project"]["entry-points"]
     assert group == PRUNERS.group
 

@@ -161,7 +161,7 @@ def test_the_code_version_changes_with_the_code(tmp_path, monkeypatch):
 # Schema -------------------------------------------------------------------------------------------------------------
 
 OLD = Path(__file__).parent / "schema"
-"""A line of results.jsonl and one of outcomes/ as they were before there were versions."""
+"""A line of results.jsonl and one of outcomes/ as they were before there were versions; in version 2 outcomes state it."""
 
 
 def test_lines_of_the_first_version_are_read_and_written_in_the_present_one(tmp_path):
@@ -181,10 +181,13 @@ def test_lines_of_the_first_version_are_read_and_written_in_the_present_one(tmp_
     assert {name: line[name] for name in old if name != "metrics"} == {n: v for n, v in old.items() if n != "metrics"}
 
 
-def test_outcomes_of_the_first_version_are_read(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_outcomes_of_an_older_version_are_read(tmp_path, version):
     path = tmp_path / "outcomes.jsonl"
-    old = json.loads(Path(shutil.copy(OLD / "outcomes_1.jsonl", path)).read_text())
+    old = json.loads((OLD / "outcomes_1.jsonl").read_text())
+    path.write_text(json.dumps(old if version == 1 else {"schema": version} | old) + "\n")
     (outcome,) = read_outcomes(path)
+    assert (outcome.pop("target_hit"), outcome.pop("target_share")) == (old.pop("hit"), old.pop("share"))
     assert outcome == old
     path.write_bytes(records.lines(records.with_schema([outcome])))
     assert json.loads(path.read_text())["schema"] == SCHEMA and read_outcomes(path) == [outcome]
@@ -194,7 +197,7 @@ def test_outcomes_of_the_first_version_are_read(tmp_path):
 def test_a_file_of_a_newer_version_is_refused_in_one_line(tmp_path, read):
     path = tmp_path / "rows.jsonl"
     records.append(path, [{"schema": SCHEMA + 1, "label": "x"}])
-    with pytest.raises(RecordError, match=r"rows\.jsonl has schema version 3, but this ivtp reads at most 2") as error:
+    with pytest.raises(RecordError, match=r"rows\.jsonl has schema version 4, but this ivtp reads at most 3") as error:
         read(path)
     assert "\n" not in str(error.value)
 

@@ -160,7 +160,8 @@ def test_a_pruner_is_one_file_for_help_and_config(with_one_file_more):
 def test_a_pruner_is_one_file_for_the_zoo(with_one_file_more):
     """Its rows are planned, at the same tokens and at the same cost as the others."""
     code = """
-        from ivtp.experiment.config import load_config, variants
+        from ivtp.experiment.config import load_config
+        from ivtp.experiment.variants import variants
         from ivtp.experiment.planning import build_shape, plan_rows
         config = load_config(["experiment=zoo", "debug=limit"])
         rows = plan_rows(list(variants(config)), build_shape(config), 9, 9)

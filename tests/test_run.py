@@ -71,6 +71,9 @@ def test_the_table_has_every_row_and_the_pictures_are_not_blank():
     table = (folder / "table.md").read_text()
     for label in by_label(folder):
         assert f"| {label} |" in table
+    scenes = by_label(folder)["unpruned"]["data"]["scenes"]
+    line = f"Data: scenes2, test split, seed 0, {scenes} scenes"
+    assert line in table and line in (folder / "report.html").read_text()
     for name in ("accuracy_flops.png", "kept_tokens.png"):
         with Image.open(folder / name) as picture:
             pixels = np.asarray(picture.convert("RGB")).astype(int)
@@ -249,7 +252,7 @@ def test_help_lists_every_group_and_option(capsys):
 
 
 def test_ctrl_c_leaves_one_line(monkeypatch, capsys):
-    def interrupted(_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ivtp.experiment.run.run", interrupted)

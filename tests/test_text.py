@@ -228,6 +228,9 @@ def test_worse_texts_in_records_and_answers_do_nothing(nasty, tmp_path, capfd):
         path.write_bytes(records.lines(found))
         row["metrics"][f"accuracy/{WORSE[5]}"] = row["metrics"]["accuracy"]
         row["failed"] = {"n": 2, "causes": {"cannot be read": 2}}
+        done = [outcome for outcome in found if "failed" not in outcome]
+        row["metrics"]["accuracy"]["n"] = sum(outcome["correct"] is not None for outcome in done)
+        row["metrics"]["images"] = len({outcome["image"] for outcome in done})
     (folder / "results.jsonl").write_bytes(records.lines(rows))
     about = {"keys": [row["key"] for row in rows], "question": WORSE[6], "compare_to": rows[1]["label"]}
     (folder / "experiment.json").write_bytes(records.as_json(about))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import struct
@@ -10,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from helpers.running import environment, lines, run, spawn
+from helpers.running import environment, lines, one_line, run, spawn
 from PIL import Image
 
 ROWS = "variants=[{label: unpruned, pruner: none}, {label: ours, section: a section}]"
@@ -69,7 +70,7 @@ def put(into: dict, items) -> None:
 def runs(place: Path) -> dict[str, dict]:
     """Name → what a run logged: the run record, config, summary, history."""
     found = {}
-    for path in (place / "out" / "run" / "wandb").glob("offline-run-*/*.wandb"):
+    for path in place.glob("**/offline-run-*/*.wandb"):
         one = defaultdict(dict)
         one["folder"] = path.parent
         for record in log_records(path):
@@ -183,3 +184,63 @@ def test_the_mode_is_what_the_environment_says_else_offline_without_a_login(monk
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert mode() == "online"
     assert "WANDB_MODE" not in os.environ
+
+
+def test_settings_of_the_environment_are_honoured(tmp_path):
+    """Also in a process of `wandb agent`, which waits for one run: the last row is that run, and no other is logged."""
+    names = {"PROJECT": "mine", "ENTITY": "us", "RUN_GROUP": "gruppe", "TAGS": "one, two", "NAME": "night", "DIR": "w"}
+    env = environment(**{f"WANDB_{name}": value for name, value in names.items()}, WANDB_MODE="offline")
+    env["WANDB_DIR"] = str(tmp_path / "elsewhere")
+    done = spawn(ROWS, *QUICK, f"output={tmp_path / 'out'}", env=env)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert not (tmp_path / "out" / "run" / "wandb").exists()
+    found = runs(tmp_path / "elsewhere")
+    assert set(found) == {"night: unpruned", "night: ours"}
+    one = found["night: ours"]["run"]
+    assert (one.project, one.entity, one.run_group) == ("mine", "us", "gruppe")
+    assert set(one.tags) == {"ivtp", "a section", "one", "two"}
+
+    agent = environment(WANDB_MODE="offline", WANDB_SWEEP_ID="abc", WANDB_RUN_ID="xyz", WANDB_PROJECT="mine")
+    done = spawn(ROWS, *QUICK, f"output={tmp_path / 'agent'}", "--pruner.tau=0.3", env=agent)
+    assert done.returncode == 0, done.stderr
+    (one,) = runs(tmp_path / "agent" / "run" / "wandb").values()
+    assert (one["run"].run_id, one["run"].sweep_id, one["config"]["label"]) == ("xyz", "abc", "ours")
+    assert one["config"]["pruner"]["tau"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "said"),
+    [
+        ({"MODE": "online"}, [], "no key of Weights & Biases is known; run `wandb login`"),
+        ({"MODE": "online", "API_KEY": "abc"}, [], "the key of Weights & Biases is malformed"),
+        ({"API_KEY": "abc"}, [], "the key of Weights & Biases is malformed"),
+        ({"MODE": "sometimes"}, [], "WANDB_MODE='sometimes' is not one of online, offline, disabled"),
+        ({"MODE": "offline"}, ["logger.project=a/b"], "logger.project=a/b: Invalid project name"),
+        ({"MODE": "offline", "PROJECT": "p" * 129}, [], "exceeded 128 characters"),
+        ({"MODE": "offline", "DIR": "/proc/none"}, [], "WANDB_DIR=/proc/none cannot be written"),
+    ],
+)
+def test_what_the_first_row_would_fail_on_is_said_before_it(variables, arguments, said, tmp_path, monkeypatch, capfd):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in variables.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert run(ROWS, *QUICK, *arguments, output=tmp_path / "out", quick=False) == 2
+    assert said in one_line(capfd.readouterr().err)
+    assert not (tmp_path / "out" / "run" / "results.jsonl").exists()
+
+
+def test_nothing_is_marked_as_logged_where_the_client_is_disabled(tmp_path, monkeypatch):
+    """The next run, with the client at work, logs all rows."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert run(ROWS, *QUICK, output=tmp_path, quick=False) == 0
+    assert not [path for path in tmp_path.rglob("*") if "wandb" in path.name]
+    assert run(ROWS, *QUICK, "logger=[csv,tensorboard]", output=tmp_path, quick=False) == 0
+    for record in lines(tmp_path / "run" / "results.jsonl"):
+        (table,) = (tmp_path / "run" / "csv").glob(f"{record['label']}-{record['key'][:8]}/metrics.csv")
+        with table.open() as file:
+            (numbers,) = csv.DictReader(file)
+        assert float(numbers["accuracy"]) == pytest.approx(record["metrics"]["accuracy"]["mean"])
+        assert float(numbers["tokens"]) == record["tokens"][-1]
+        assert list((tmp_path / "run" / "tensorboard").glob(f"{record['label']}-{record['key'][:8]}/events.*"))

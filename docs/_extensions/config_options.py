@@ -1,8 +1,6 @@
 """The directive `config-options`: every option of a config group with the first comment line of its file."""
 
 from docstrings import inline
-from docutils import nodes
-from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
 from ivtp.experiment.config import FOLDER, options
@@ -20,9 +18,7 @@ class ConfigOptions(SphinxDirective):
         lines = [".. list-table::", "   :header-rows: 1", "", f"   * - ``{group}=``", "     - "]
         for name, about in options(group).items():
             lines += [f"   * - ``{name}``", f"     - {inline(about)}"]
-        node = nodes.container()
-        self.state.nested_parse(StringList([*lines, ""], source=f"configs/{group}"), self.content_offset, node)
-        return node.children
+        return self.parse_text_to_nodes("\n".join(lines))
 
 
 def setup(app) -> dict:

@@ -7,8 +7,6 @@
 import inspect
 
 from docstrings import inline
-from docutils import nodes
-from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 from transformers import LlavaConfig
 
@@ -42,9 +40,7 @@ class Methods(SphinxDirective):
             lines = [line for name in names for line in (f".. autofunction:: {path(name)}", "")]
         else:
             raise self.error(f"methods:: {wanted} is not one of table, {', '.join(SITES)}")
-        node = nodes.container()
-        self.state.nested_parse(StringList(lines, source="methods"), self.content_offset, node)
-        return node.children
+        return self.parse_text_to_nodes("\n".join(lines))
 
     @staticmethod
     def table() -> list[str]:
@@ -62,7 +58,7 @@ class Methods(SphinxDirective):
             )
         for row in rows:
             lines += [f"   {' ' if column else '*'} - {cell}" for column, cell in enumerate(row)]
-        return [*lines, ""]
+        return lines
 
 
 def setup(app) -> dict:

@@ -266,14 +266,14 @@ def llama_layer(layer, x, cos, sin, causal, own_mask, read: int) -> torch.Tensor
 
 
 @torch.no_grad()
-def start_like_identity(llama: nn.Module, share: float = 0.5) -> None:
+def start_like_identity(llama: nn.Module) -> None:
     """Initial weights whose products W_q W_k and W_v W_o resemble the identity ("mimetic", arXiv 2305.09828).
 
     A token then attends to tokens like itself and copies them on, which is what answering about an image needs.
     """
 
     def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        matrix = share * (torch.eye(WIDTH) + torch.randn(WIDTH, WIDTH) * WIDTH**-0.5)
+        matrix = 0.5 * (torch.eye(WIDTH) + torch.randn(WIDTH, WIDTH) * WIDTH**-0.5)
         u, s, vh = torch.linalg.svd(matrix)
         root = s[:rank].sqrt()
         return (u[:, :rank] * root).T, root[:, None] * vh[:rank]

@@ -18,6 +18,7 @@ from ivtp.core.flops import Layers, Shape
 from ivtp.registry import UserError, unknown
 
 if TYPE_CHECKING:
+    from ivtp.backbones.text.encoders import TextEncoder
     from ivtp.backbones.vlm.adapter import VLMAdapter
 
 
@@ -27,13 +28,21 @@ class ModelError(UserError):
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Options of a pruned run that are no part of the plan; `ivtp.prune` describes them."""
+    """Options of a pruned run that are no part of the plan; `ivtp.prune` describes those that are not named here.
+
+    A run hands these on from batch to batch:
+
+    adapter       the VLM adapter of this model, with the layouts that it has made; None: a new one
+    text_encoder  in place of the model's own, such as a `TextMemory` of it
+    """
 
     instruction: str | Sequence[str] | None = None
     read_early: bool = False
     part: Callable[[str], AbstractContextManager] = nullcontext
     vision_cache: VisionCache | None = None
     target_patches: Tensor | None = None
+    adapter: VLMAdapter | None = None
+    text_encoder: TextEncoder | None = None
 
 
 class Family:
@@ -50,7 +59,7 @@ class Family:
         """Context in which the forward of `model` runs pruned; it yields a run with a `trace`."""
         from ivtp.backbones.vlm.model import pruned
 
-        return pruned(model, self.adapter(model), planner, options)
+        return pruned(model, options.adapter or self.adapter(model), planner, options)
 
 
 F = TypeVar("F", bound=Family)

@@ -17,12 +17,13 @@ class Arguments:
     suite   cpu: ViT-L/14-336 with a decoder of 1B, minutes on two cores
             gpu: LLaVA-1.5-7B, and LLaVA-NeXT-7B with 2880 visual tokens, bfloat16, under ten minutes on one GPU
             tiny: seconds, to test the benchmark itself
+            pipeline: the loop of a run over its model alone, with 0, 1, 2 and 4 workers, minutes
     model   sizes of configs/model/NAME.yaml in place of the suite's own, as in suite=gpu model=llava_1_5_13b
     rounds  of every comparison, alternating (default: the suite's)
     json    true: one JSON object instead of tables
     """
 
-    suite: str = choice("cpu", lambda: ("cpu", "gpu", "tiny"))
+    suite: str = choice("cpu", lambda: ("cpu", "gpu", "tiny", "pipeline"))
     model: str | None = None
     rounds: int | None = None
     json: bool = False

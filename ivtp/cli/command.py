@@ -1,10 +1,12 @@
 """Exit status of commands: 0 done, 2 a request that cannot be met, with one line on standard error."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from ivtp.registry import Terminated, UserError
+from ivtp import signals
+from ivtp.registry import LAUNCHED, RankLost, UserError
 from ivtp.text import one_line
 
 
@@ -15,24 +17,41 @@ def command(arguments: Sequence[str] | None, usage: Callable[[], str], work: Cal
     """
     options = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        if any(argument in ("-h", "--help") for argument in options):
-            print(usage().strip())
-        else:
-            work(options)
+        with signals.handled():
+            if any(argument in ("-h", "--help") for argument in options):
+                print(usage().strip())
+            else:
+                work(options)
+    except RankLost as error:  # what ended the other rank is said there
+        return 2 if launched() else fail(error)
     except UserError as error:
-        print(f"ivtp: {one_line(str(error))}", file=sys.stderr)
-        return 2
+        return fail(error)
     except OSError as error:
         # A library could not write, as to a full disk; finished results are on it already.
         where = f" {error.filename}" if error.filename else ""
-        reason = one_line(f"{where}: {error.strerror or error}")
-        print(
-            f"ivtp: cannot read or write{reason}; make room or choose another folder with output=FOLDER; the same command goes "
-            "on from here",
-            file=sys.stderr,
+        return fail(
+            f"cannot read or write{where}: {error.strerror or error}; make room or choose another folder with "
+            "output=FOLDER; the same command goes on from here"
         )
-        return 2
-    except KeyboardInterrupt as stop:
-        print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+    except (signals.Stopped, KeyboardInterrupt) as stop:
+        if not launched():
+            print("ivtp: stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, signals.Stopped) else signal.SIGINT)
     return 0
+
+
+def launched() -> bool:
+    """True in a rank that `ivtp.experiment.ranks.launch` has started, whose errors the starter prints."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(LAUNCHED)
+
+
+def fail(error: object) -> int:
+    """Print an error in one line, or hand it to the process that started this rank; return the exit status."""
+    line = one_line(str(error))
+    if launched():
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(UserError(line))
+    else:
+        print(f"ivtp: {line}", file=sys.stderr)
+    return 2

@@ -7,6 +7,7 @@ from inspect import getdoc
 
 from ivtp.cli.arguments import choice, parse_known
 from ivtp.cli.command import command
+from ivtp.registry import UserError
 
 
 def _conventions() -> list[str]:
@@ -26,7 +27,7 @@ class Arguments:
     convention   paper (default): 2 × MAC of everything, the text and the LM head included; or what others publish:
                  macs, two_matrices, one_more (3.82, 5.97, 7.65 T for 7B unpruned, where the paper says 15.4); all: each
     json         true: one JSON object instead of a table
-    All other arguments are those of `ivtp.run`: model, pruner and its settings, budget.
+    All other arguments are those of `ivtp.run`: model, pruner and its settings, budget, plugins, --config-dir DIR.
     """
 
     text: tuple[int, ...] = (512,)
@@ -45,13 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(options: Arguments, overrides: Sequence[str]) -> str:
     """Cost of a configuration, as JSON or as tables beside the unpruned model."""
-    from ivtp.experiment.config import load_config, variants
+    from ivtp.cli.application import read
+    from ivtp.experiment.config import load_config
     from ivtp.experiment.costs import closed_form
     from ivtp.experiment.planning import build_shape
+    from ivtp.experiment.variants import variants
     from ivtp.report.console import as_text
     from ivtp.report.costs import tables
 
-    config = load_config(overrides)
+    request, flags = read(overrides)
+    if (flags and request.config_dir is None) or len(flags) > 2:
+        raise UserError(f"{' '.join(flags)}: of the flags of ivtp.run this command reads --config-dir DIR alone")
+    overrides = request.overrides
+    config = load_config(overrides, [request.config_dir] if request.config_dir else [])
     shape = build_shape(config)
     if not any(override.startswith("experiment=") for override in overrides):
         config.variants = []

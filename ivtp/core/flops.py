@@ -7,7 +7,7 @@ attention; `streamed=True` adds what scores cost when no map is formed, which is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 
 from ivtp.core.choices import CutSizes
@@ -103,6 +103,10 @@ class Shape:
     def tokens(self) -> int:
         """Visual tokens of one whole image."""
         return self.patches * self.crops
+
+    def in_one_crop(self, tokens: int) -> Shape:
+        """The same model for an image of one crop with this number of visual tokens, in one row."""
+        return replace(self, crops=1, patches=tokens, columns=tokens)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -3,35 +3,22 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from ivtp.data.answers import exact
-from ivtp.data.failures import PREPARING, READING, DataError, Failed, Readable, failure, read, texts
+from ivtp.data.batches import Batch, Prepare, SafeCollate, images_of
+from ivtp.data.failures import PREPARING, READING, DataError, Failed, failure, out_of_memory, read, texts
+from ivtp.data.loader import Loader
 
 CHAT = "chat"
 """Value of `prompt` for the processor's own chat template."""
-
-
-@dataclass
-class Batch:
-    """Batch of samples: `inputs` of the model, the `samples`, and those that `failed` before the model."""
-
-    inputs: dict[str, Tensor]
-    samples: list[dict]
-    failed: list[Failed] = field(default_factory=list)
-
-
-def images_of(sample: dict) -> list:
-    """Images of a sample: its `images`, else its one `image`."""
-    return sample["images"] if "images" in sample else [sample["image"]]
 
 
 class Collate:
@@ -110,36 +97,6 @@ class Collate:
 
 
 @dataclass(frozen=True)
-class SafeCollate:
-    """Collate samples and failures; a sample that cannot be prepared becomes a failure and leaves the others untouched."""
-
-    collate: Callable[[list[dict]], Batch]
-
-    def __call__(self, items: list[dict | Failed]) -> Batch:
-        """Collate the items of a batch."""
-        failed = [item for item in items if isinstance(item, Failed)]
-        samples = [item for item in items if not isinstance(item, Failed)]
-        while samples:
-            try:
-                return replace(self.collate(samples), failed=failed)
-            except Exception:
-                reasons = [self.alone(sample) for sample in samples]
-                if not any(reasons):  # each can be prepared alone, so that none of them is the cause
-                    raise
-            samples = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is None]
-            failed += [reason for reason in reasons if reason is not None]
-        return Batch({}, [], failed)
-
-    def alone(self, sample: dict) -> Failed | None:
-        """Failure of a sample that cannot be prepared alone; None if it can."""
-        try:
-            self.collate([sample])
-        except Exception as error:
-            return failure(sample, error, PREPARING)
-        return None
-
-
-@dataclass(frozen=True)
 class Survey:
     """Facts about all samples that a run needs before the first; `hash` covers ids, texts, images and target patches.
 
@@ -177,8 +134,12 @@ class WithoutImages(Dataset):
 
 
 class QuestionData(L.LightningDataModule):
-    """Data module for testing; `done` holds the ids of samples with an outcome.
+    """Data module for testing; a batch is the unit of work.
 
+    left     batches of indices that are to be evaluated; None: all of `batches`
+    workers  processes that prepare batches ahead of the model; 0: the main process prepares each when it is due
+    pin      hand batches on in pinned memory
+    cache    a `BatchCache`, or None
     sort     longest prompts first, so that little is padded
     by_size  samples whose images have equal sizes side by side, for models that read images of several sizes
 
@@ -206,7 +167,8 @@ class QuestionData(L.LightningDataModule):
         self.collate, self.batch_size, self.sort, self.by_size = collate, batch_size, sort, by_size
         self.scorer = getattr(data, "scorer", exact)
         self.generation, self.about = dict(getattr(data, "generation", {})), dict(getattr(data, "about", {}))
-        self.done: Collection[str] = ()
+        self.left: list[list[int]] | None = None
+        self.workers, self.pin, self.cache = 0, False, None
 
     @cached_property
     def survey(self) -> Survey:
@@ -276,8 +238,7 @@ class QuestionData(L.LightningDataModule):
 
     def in_data_order(self, outcomes: list[dict]) -> list[dict]:
         """Outcomes in the order of the data set."""
-        index = {name: index for index, name in enumerate(self.survey.ids)}
-        return sorted(outcomes, key=lambda outcome: index[outcome["id"]])
+        return sorted(outcomes, key=lambda outcome: self._index[outcome["id"]])
 
     def without_images(self) -> "QuestionData":
         """The same questions without their images, with the same scorer and without the data set's own metrics."""
@@ -290,14 +251,49 @@ class QuestionData(L.LightningDataModule):
         """The data set's own metrics, beside accuracy."""
         return self.source.scores(outcomes, folder) if hasattr(self.source, "scores") else []
 
-    def test_dataloader(self) -> DataLoader:
-        """Batches of the samples that are not done."""
-        indices: Sequence[int] = range(len(self.data))
-        if self.done or self.sort:
-            indices = [index for index in self.order if self.survey.ids[index] not in self.done]
-        collate = SafeCollate(self.collate)
-        return DataLoader(Readable(self.data, indices), batch_size=self.batch_size, collate_fn=collate)
+    def prepare(self) -> Prepare:
+        """Function that turns indices of samples into a batch."""
+        return Prepare(self.data, self.collate, self.cache)
+
+    def again(self, samples: Sequence[dict]) -> Batch:
+        """The same samples as a batch of their own, read again: those of a batch may have lost their pixels."""
+        return SafeCollate(self.collate)([read(self.data, self._index[sample["id"]]) for sample in samples])
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.survey.ids)}
+
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """Indices of the samples of every batch, whatever is done and in how many processes."""
+        return self.in_batches(self.order)
+
+    def in_batches(self, indices: Sequence[int]) -> list[list[int]]:
+        """Indices in batches of `batch_size`."""
+        return [list(indices[start : start + self.batch_size]) for start in range(0, len(indices), self.batch_size)]
+
+    def missing(self, done: Collection[str], again: Collection[str] = ()) -> list[list[int]]:
+        """Batches that are not done as a whole, and batches of the other samples that are tried again.
+
+        done, again  ids of samples
+        """
+        ids = self.survey.ids
+        left = [batch for batch in self.batches if not all(ids[index] in done for index in batch)]
+        taken = {index for batch in left for index in batch}
+        return left + self.in_batches([index for index in self.order if ids[index] in again and index not in taken])
+
+    def test_dataloader(self) -> Loader:
+        """The batches that are left."""
+        batches = self.left
+        if batches is None:  # without `sort` and failures the order is known without a survey
+            batches = self.batches if self.sort or "survey" in vars(self) else self.in_batches(range(len(self.data)))
+        return Loader(batches, self.prepare(), self.workers, self.pin)
 
     def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:
-        """Batch with its inputs on a device."""
-        return Batch({name: value.to(device) for name, value in batch.inputs.items()}, batch.samples, batch.failed)
+        """Batch with its inputs on a device, or without them where they do not fit."""
+        try:
+            return batch.to(device)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        return replace(batch, inputs={})

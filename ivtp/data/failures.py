@@ -5,12 +5,12 @@ cannot be met (UserError), and errors of the program itself (PROGRAMMING), which
 """
 
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset, Subset
+import torch
+from torch.utils.data import Subset
 
 from ivtp.data.outcomes import Outcome
 from ivtp.registry import UserError
@@ -49,7 +49,7 @@ class Failed:
     def outcome(self, prediction: str | None = None) -> Outcome:
         """Outcome of the sample: the fields of an answered one, all unknown, and `failed`, `cause`, `where`."""
         sample = self.sample
-        unknown = ("correct", "early", "early_correct", "kept", "hit", "share", "words")
+        unknown = ("correct", "early", "early_correct", "kept", "target_hit", "target_share", "words")
         return {
             "id": sample["id"],
             "image": sample.get("image_id", sample["id"]),
@@ -79,9 +79,18 @@ def own(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, PROGRAMMING)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """True for an error of insufficient memory: torch's own, or one that the CPU allocator, cuBLAS or cuDNN name in words."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def failure(sample: dict, error: BaseException, cause: str) -> Failed:
     """Turn an error of a sample into its failure; raise any other error again."""
     if not own(error):
+        error.add_note(f"sample {sample['id']!r} {cause}")
         raise error
     message = str(error).removeprefix(f"sample {sample['id']!r}: ")  # the record names the sample
     message = shortened(one_line(" ".join(message.split())), 400)
@@ -110,20 +119,6 @@ def read(data: Any, index: int) -> dict | Failed:
         return data[index]
     except Exception as error:
         return failure(texts(data, index), error, READING)
-
-
-@dataclass(eq=False)
-class Readable(Dataset):
-    """Samples at some indices of a data set, with `Failed` in place of those that cannot be read."""
-
-    data: Any
-    indices: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict | Failed:
-        return read(self.data, self.indices[index])
 
 
 def answered(outcomes: list[Outcome]) -> list[Outcome]:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ivtp.data.datamodule import Batch
+from ivtp.data.batches import Batch
 from ivtp.data.failures import DataError
-from ivtp.data.open_image import open_image, to_rgb
+from ivtp.data.open_image import ImageError, decoding, open_image, to_rgb
 
 QUESTION = "which class ?"
 
@@ -24,7 +24,7 @@ class Images(Dataset):
     """Images with one label each, as samples like those of questions; `label` is the index of `answer` in `classes`.
 
     ids      unique names of the images
-    open     index → the image, RGB
+    open     index → the image, RGB; raises ImageError for one that cannot be decoded
     patches  index → target patches "v": True on the patches that show the object, where that is known
     stamp    index → text that stands for the content of the image
     """
@@ -51,9 +51,7 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> dict:
         try:
             image = self.open(index)
-        except MemoryError:
-            raise
-        except Exception as error:  # a decoder may raise anything on a damaged file
+        except ImageError as error:
             raise DataError(f"image {self.ids[index]!r} cannot be read ({error}); mend or remove it") from error
         return self._text(index) | {"image": image}
 
@@ -167,10 +165,13 @@ def hub_images(
     if any(value is None or value < 0 for value in labels):
         raise DataError(f"{path}, split {split!r}, has images without a label; choose another split")
     nowhere = torch.zeros(patch_count, dtype=torch.bool)
+
+    def open_row(index: int) -> Image.Image:
+        with decoding():
+            return to_rgb(rows[index][image])
+
     ids = [str(i) for i in range(len(rows))]
-    return Images(
-        ids, labels, names, lambda i: to_rgb(rows[i][image]), lambda _: nowhere, lambda i: f"{rows._fingerprint} {i}"
-    )
+    return Images(ids, labels, names, open_row, lambda _: nowhere, lambda i: f"{rows._fingerprint} {i}")
 
 
 def emoji(

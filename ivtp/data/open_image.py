@@ -4,7 +4,8 @@ import os
 import stat
 import struct
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from unittest.mock import patch
 
 import numpy as np
@@ -46,15 +47,21 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     pixels (179 million). PostScript is refused: Pillow would pass the file to Ghostscript, which executes it.
     """
     check_regular(path)
+    # Pillow warns from half its limit on, and of damaged metadata; neither is a reason to refuse an image. lmms-eval,
+    # once imported, makes Pillow fill the missing part of a truncated image with grey.
+    whole = patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    with decoding(), warnings.catch_warnings(action="ignore"), whole, Image.open(path, formats=_formats()) as image:
+        return to_rgb(image)
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Raise ImageError for any error of a decoder but MemoryError: on a damaged image it may raise anything."""
     try:
-        # Pillow warns from half its limit on, and of damaged metadata; neither is a reason to refuse an image. lmms-eval,
-        # once imported, makes Pillow fill the missing part of a truncated image with grey.
-        whole = patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
-        with warnings.catch_warnings(action="ignore"), whole, Image.open(path, formats=_formats()) as image:
-            return to_rgb(image)
+        yield
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # a decoder may raise anything on a damaged file
+    except Exception as error:
         raise ImageError(first_line(error)) from error
 
 

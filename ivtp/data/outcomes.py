@@ -13,7 +13,7 @@ scores             of the benchmark task's own metrics
 top5               the right class is among the five likeliest
 early, early_correct  answer read out after part 1
 kept               patches left by the last cut
-hit, share         a kept patch is a target patch; the fraction of them that are
+target_hit, target_share  a kept patch is a target patch; the fraction of them that are
 words              words of the instruction, with their relevance
 lived              number of cuts that each patch survived, a character per patch
 left, visual_tokens, tokens_left  tokens left where images differ in size; their number before and after
@@ -21,3 +21,24 @@ fewer_crops        images that the checkpoint would have cut into more crops
 predictions        of several seeds that are drawn together
 failed, cause, where  of a sample without a result
 """
+
+FIELDS = frozenset(
+    (
+        "id",
+        "image",
+        "family",
+        "question",
+        "answer",
+        "prediction",
+        "correct",
+        "early_correct",
+        "target_hit",
+        "target_share",
+    )
+)
+"""Fields that every outcome has."""
+
+
+def is_outcome(line: dict[str, Any]) -> bool:
+    """True if a line of a file holds an outcome."""
+    return line.keys() >= FIELDS and isinstance(line["id"], str) and isinstance(line["image"], str)

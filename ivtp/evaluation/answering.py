@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ivtp.api import prune
+from ivtp.api import Pruning
+from ivtp.backbones.family import PruneOptions
 from ivtp.backbones.text.pairing import crop_limit_of
 from ivtp.backbones.vlm.trace import Trace
 from ivtp.core.loop import Kept
 from ivtp.core.plan import Plan
 from ivtp.data.answers import exact, normalise
-from ivtp.data.datamodule import Batch, images_of
+from ivtp.data.batches import Batch, images_of
 from ivtp.data.failures import NOT_FINITE, SCORING, Failed, failure
 from ivtp.evaluation.isolated import Isolated
 from ivtp.lmms.judges import JudgeError
@@ -62,12 +63,12 @@ def respond(
     pruner      a plan, or the planner that makes one for the images of each prompt
     generation  settings of `generate`
     vision_batch, compile  settings of the run: see `PrunedModel`
-    options     of `prune`
+    options     fields of `PruneOptions`
     """
     questions = [sample["question"] for sample in batch.samples]
     prompt = batch.inputs["input_ids"].shape[1]
     detector = FiniteLogits(model, prompt)
-    with prune(model, pruner, instruction=questions, **options) as run:
+    with Pruning(model, pruner, {}, PruneOptions(instruction=questions, **options)) as run:
         run.vision_batch = vision_batch
         if compile is not None:
             run.compile(compile)
@@ -83,9 +84,9 @@ class Answer(Isolated):
 
     An outcome is a dict: id, image, family, question; difficulty, if the data set states it; answer, prediction, correct
     and the scorer's other fields; early (the answer read out after part 1), early_correct, kept (patch indices after the
-    last cut), hit (some kept token lies on the target patches), share (of kept tokens there), words (of the instruction,
-    with their relevance); of samples whose id is in `watch` also lived (see `cuts_survived`); where crops are limited,
-    fewer_crops (images that the checkpoint would have cut into more). For a sample without an answer see `Failed`.
+    last cut), target_hit (some kept token lies on the target patches), target_share (of kept tokens there), words (of the
+    instruction, with their relevance); of samples whose id is in `watch` also lived (see `cuts_survived`); where crops are
+    limited, fewer_crops (images that the checkpoint would have cut into more). For a sample without an answer see `Failed`.
 
     generation  settings of `generate`
     scorer      (sample, text) → fields of an outcome: see `ivtp.data.answers.Scorer`
@@ -209,7 +210,14 @@ def token_counts(trace: Trace, sample: int) -> dict:
     before, kept = int(trace.visual[sample]), trace.kept
     left = None if kept is None or not before else kept.of(sample).tolist()
     after = before if left is None else len(left)
-    return {"kept": None, "hit": None, "share": None, "left": left, "visual_tokens": before, "tokens_left": after}
+    return {
+        "kept": None,
+        "target_hit": None,
+        "target_share": None,
+        "left": left,
+        "visual_tokens": before,
+        "tokens_left": after,
+    }
 
 
 def kept_patches(kept: Kept | None, sample: int, targets: torch.Tensor) -> dict:
@@ -218,12 +226,12 @@ def kept_patches(kept: Kept | None, sample: int, targets: torch.Tensor) -> dict:
     None where there was no cut, or there are no target patches.
     """
     if kept is None:
-        return {"kept": None, "hit": None, "share": None}
-    positions, found = kept.of(sample).cpu(), {"hit": None, "share": None}
+        return {"kept": None, "target_hit": None, "target_share": None}
+    positions, overlap = kept.of(sample).cpu(), {"target_hit": None, "target_share": None}
     if targets.any():  # which are those of one image; a sample of several has none
         on_target = targets[positions].float()
-        found = {"hit": bool(on_target.any()), "share": float(on_target.mean())}
-    return {"kept": positions.tolist(), **found}
+        overlap = {"target_hit": bool(on_target.any()), "target_share": float(on_target.mean())}
+    return {"kept": positions.tolist(), **overlap}
 
 
 def cuts_survived(cuts: Iterable[tuple[Kept, int]], patches: int) -> str:

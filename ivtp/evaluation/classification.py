@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 
 from ivtp.api import prune
 from ivtp.core.plan import Plan
-from ivtp.data.datamodule import Batch
+from ivtp.data.batches import Batch
 from ivtp.evaluation.answering import cuts_survived, kept_patches, not_finite
 from ivtp.evaluation.isolated import Isolated
 

@@ -12,22 +12,29 @@ import lightning as L
 import torch
 from torchmetrics import MeanMetric
 
-from ivtp.data.datamodule import Batch, images_of
-from ivtp.data.failures import ANSWERING, MEMORY, failure
+from ivtp import signals
+from ivtp.data.batches import Batch, images_of
+from ivtp.data.failures import ANSWERING, MEMORY, Failed, failure, out_of_memory
 from ivtp.registry import UserError
 
 
 class Isolated(L.LightningModule):
     """Base of the test modules: a batch that fails is halved, down to the samples that fail alone.
 
-    `test_step` returns {"outcomes": [...]}, which callbacks write and count; accuracies are means over outcomes.
+    `test_step` returns {"outcomes": [...]}, which callbacks write and count; accuracies are means over outcomes. It never
+    leaves a batch half done, so that every rank of several evaluates what it was given.
 
     collate  samples → a batch on the model's device; None: nothing is halved, and every error is raised
+    most     samples that go through the model at once, less than a batch once memory did not suffice; None: a batch
+    say      prints a line
     """
 
     def __init__(self, collate: Callable[[list[dict]], Batch] | None) -> None:
         super().__init__()
         self.collate = collate
+        self.most: int | None = None
+        self.whole = 1  # samples of the largest batch so far
+        self.say: Callable[[str], None] = lambda line: None
         self.seconds = 0.0
         self.accuracy = MeanMetric()
         self.top5: MeanMetric | None = None
@@ -44,9 +51,9 @@ class Isolated(L.LightningModule):
 
     @torch.inference_mode()
     def test_step(self, batch: Batch, index: int) -> dict[str, list[dict]]:
-        """Outcomes of a batch; after a sample that does not fit into memory alone, those behind it are left out."""
-        outcomes = [failed.outcome() for failed in batch.failed]
-        outcomes += self._evaluate(batch) if batch.samples else []
+        """Outcomes of a batch."""
+        self.whole = max(self.whole, len(batch.samples))
+        outcomes = [failed.outcome() for failed in batch.failed] + self._evaluate(batch.samples, batch)
         for metric, field in ((self.accuracy, "correct"), (self.top5, "top5")):
             values = [float(outcome[field]) for outcome in outcomes if outcome.get(field) is not None]
             if metric is not None and values:
@@ -59,56 +66,94 @@ class Isolated(L.LightningModule):
             if metric is not None and metric.update_count:
                 self.log(name, metric)
 
-    def on_test_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Raise DoesNotFit after such a sample; Lightning calls this hook after those of the callbacks."""
-        last = outputs["outcomes"][-1]
-        if last.get("cause") == MEMORY:
-            raise DoesNotFit(last["id"])
-
-    def _evaluate(self, batch: Batch) -> list[dict]:
-        try:
-            return self.outcomes(batch)
-        except Exception as error:
-            check_device(error)
-            memory, alone = out_of_memory(error), len(batch.samples) == 1
-            if self.collate is None or (memory and not alone):  # a smaller batch may fit: see `halving`
-                raise
-            failed = failure(batch.samples[0], error, MEMORY if memory else ANSWERING)
-            if memory:
-                sizes = [f"{width} × {height}" for width, height in (image.size for image in images_of(failed.sample))]
-                failed = replace(failed, reason=f"image of {', '.join(sizes) or 'no'} pixels: {failed.reason}")
-        # Outside of the handler, so that nothing holds on to the tensors of the batch that failed.
-        if alone:
-            return [failed.outcome()]
-        half, outcomes = (len(batch.samples) + 1) // 2, []
-        for part in (batch.samples[:half], batch.samples[half:]):
-            outcomes += self._evaluate(self.collate(part))
-            if outcomes[-1].get("cause") == MEMORY:
-                break
+    def _evaluate(self, samples: list[dict], batch: Batch | None = None) -> list[dict]:
+        """Outcomes of samples, in parts of `most`; batch: all of them, on the device already."""
+        if batch is not None and self.most is not None and self.most < len(samples):
+            batch.inputs.clear()
+            batch = None
+        outcomes: list[dict] = []
+        while len(outcomes) < len(samples):
+            outcomes += self._part(samples[len(outcomes) :][: self.most], batch)
         return outcomes
+
+    def _part(self, samples: list[dict], batch: Batch | None) -> list[dict]:
+        lost: list[dict] = []
+        try:
+            if batch is None:
+                assert self.collate is not None
+                batch = self.collate(samples)
+                lost = [failed.outcome() for failed in batch.failed]
+                if not batch.samples:
+                    return lost
+            if not batch.inputs:
+                raise MemoryError("not enough memory for the inputs of the batch")
+            return lost + self.outcomes(batch)
+        except Exception as error:
+            check_workers(error)
+            check_device(error)
+            if self.collate is None:
+                raise
+            memory = out_of_memory(error)
+            failed = failure(samples[0], error, MEMORY if memory else ANSWERING)
+        # Outside of the handler, so that nothing holds on to the tensors of the batch that failed.
+        if memory:
+            self._shrink(batch, failed, len(samples))
+        if len(samples) == 1:
+            return [(with_sizes(failed) if memory else failed).outcome()]
+        if memory:
+            return self._evaluate(samples)
+        half = (len(samples) + 1) // 2
+        return self._evaluate(samples[:half]) + self._evaluate(samples[half:])
+
+    def _shrink(self, batch: Batch | None, failed: Failed, samples: int) -> None:
+        """Free memory and go on with half of the samples; after one that does not fit alone, with whole batches again."""
+        if batch is not None:
+            batch.inputs.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if samples > 1:
+            self.most = (samples + 1) // 2
+            self.say(f"out of memory: going on with trainer.batch_size={self.most}")
+        else:
+            self.most = None
+            self.say(
+                f"a sample does not fit into memory alone ({failed.sample['id']}); going on with "
+                f"trainer.batch_size={self.whole}"
+            )
+
+
+def with_sizes(failed: Failed) -> Failed:
+    """Failure of a sample for which memory did not suffice, with the sizes of its images."""
+    sizes = [f"{width} × {height}" for width, height in (image.size for image in images_of(failed.sample))]
+    return replace(failed, reason=f"image of {', '.join(sizes) or 'no'} pixels: {failed.reason}")
 
 
 class OutcomeWriter(L.Callback):
-    """Pass the outcomes of every batch to a function as soon as the batch is done."""
+    """Pass the outcomes of every batch to a function as soon as the batch is done; a signal stops the run only then."""
 
     def __init__(self, write: Callable[[list[dict]], None]) -> None:
         self.write = write
 
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        """Keep a signal in mind until the batch is done."""
+        signals.defer()
+
     def on_test_batch_end(self, trainer, pl_module, outputs: Any, batch, batch_idx, dataloader_idx=0) -> None:
-        """Write the outcomes of a batch."""
+        """Write the outcomes of a batch, and stop if a signal has arrived."""
         self.write(outputs["outcomes"])
+        signals.check()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        """Stop at once from here on: the batch is over."""
+        signals.resume()
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """True for an error of insufficient memory: torch's own, or one that the CPU allocator, cuBLAS or cuDNN name in words."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    words = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-class DoesNotFit(Exception):
-    """A sample that does not fit into memory even alone; its outcome is written."""
+def check_workers(error: BaseException) -> None:
+    """Raise a UserError where a worker process has ended, which torch says wherever the main process is."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        raise UserError(f"{text.splitlines()[0].rstrip('. ')}; the same command goes on from here") from error
 
 
 def check_device(error: BaseException) -> None:
@@ -120,33 +165,3 @@ def check_device(error: BaseException) -> None:
             f"the device failed ({text.splitlines()[0]}); the same command goes on from here; if it fails again at the same "
             "place, CUDA_LAUNCH_BLOCKING=1 and trainer.batch_size=1 show the sample"
         ) from error
-
-
-def halving(run: Callable[[int], None], size: int, say: Callable[[str], None]) -> int:
-    """Call `run` with a batch size, halved whenever memory does not suffice; return the last size.
-
-    Each call of `run` continues where the previous one stopped. After a sample that does not fit alone (DoesNotFit), the
-    others continue with the initial size. Raises UserError if a batch of one runs out of memory.
-    """
-    initial = size
-    while True:
-        try:
-            run(size)
-            return size
-        except DoesNotFit as error:
-            cause, following = f"a sample does not fit into memory alone ({error}); ", initial
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if size == 1:
-                raise UserError(
-                    "out of memory with one sample at a time (trainer.batch_size=1); give the model fewer bytes "
-                    "(model.dtype=bfloat16), free the device of other work, or keep nothing of the tower (trainer.share_mib=0)"
-                ) from error
-            cause, following = "out of memory: ", (size + 1) // 2
-        # Outside of the handlers, so that nothing holds on to the tensors of the batch that failed.
-        size = following
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        say(f"{cause}going on with trainer.batch_size={size}")

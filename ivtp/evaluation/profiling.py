@@ -14,9 +14,9 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
 
 
-def _whole_attention(x, _, __, ___, heads, qkv, ____, out, *_____, **______) -> int:
+def _whole_attention(x, *others, **_) -> int:
     """FLOPs of `nn.MultiheadAttention` as one kernel: projections in and out, and the attention between."""
-    b, n, d = x
+    (b, n, d), (_, _, _, heads, qkv, _, out, *_) = x, others
     one = b, heads, n, d // heads
     return 2 * b * n * (math.prod(qkv) + math.prod(out)) + sdpa_flop_count(one, one, one)
 

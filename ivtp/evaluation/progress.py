@@ -26,16 +26,23 @@ class Rate(ProgressColumn):
 
 
 class RowProgress(L.Callback):
-    """Progress of one row in samples, over all its calls of `Trainer.test`; Lightning's own bars count batches of one call.
+    """Progress of one row in samples; Lightning's own bars count batches.
 
-    done  samples with an outcome before the first call
+    done   samples with an outcome before the start
+    share  of the samples that are left, the fraction that this rank evaluates: the others are as fast
     """
 
     def __init__(
-        self, console: Console, title: str, total: int, done: int, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        title: str,
+        total: int,
+        done: int,
+        clock: Callable[[], float] = time.monotonic,
+        share: float = 1.0,
     ) -> None:
         self.console, self.title, self.total, self.before, self.done = console, title, total, done, done
-        self.clock, self.start = clock, clock()
+        self.clock, self.start, self.share, self.own = clock, clock(), share, 0
         self.printed = self.start
         columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), Rate()
         self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
@@ -48,7 +55,8 @@ class RowProgress(L.Callback):
 
     def on_test_batch_end(self, trainer, pl_module, outputs: Any, batch, batch_idx, dataloader_idx=0) -> None:
         """Count the outcomes of a batch."""
-        self.done += len(outputs["outcomes"])
+        self.own += len(outputs["outcomes"])
+        self.done = self.before + round(self.own / self.share)
         self.bar.update(self.task, completed=self.done)
         now = self.clock()
         if self.console.is_terminal or now - self.printed < EVERY or self.done == self.total:

@@ -83,8 +83,8 @@ def summary(outcomes: Sequence[dict]) -> dict:
             for name, level in levels
         },
         "early_accuracy": metric("early_correct"),
-        "hit_rate": metric("hit"),
-        "target_share": metric("share"),
+        "hit_rate": metric("target_hit"),
+        "target_share": metric("target_share"),
         **{name: metric(name) for name in ("visual_tokens", "tokens_left") if outcomes and name in outcomes[0]},
         "images": len(set(images)),
     }
@@ -152,7 +152,9 @@ def over_seeds(runs: Sequence[Sequence[dict]]) -> list[dict]:
         if not all(first["id"] in run for run in others):
             continue
         same = [first, *(run[first["id"]] for run in others)]
-        means = {key: _mean([o[key] for o in same]) for key in ("correct", "early_correct", "hit", "share")}
+        means = {
+            key: _mean([o[key] for o in same]) for key in ("correct", "early_correct", "target_hit", "target_share")
+        }
         merged.append({**first, **means, "predictions": [o["prediction"] for o in same]})
     return merged
 

@@ -45,27 +45,28 @@ def templates_of(config: DictConfig) -> tuple[str, ...]:
 def build_images(config: DictConfig, encoder: Encoder, shape: Shape, batch_size: int) -> QuestionData:
     """Make the data module of `config.data`, and teach the encoder its classes."""
     neighbours = config.model.get("neighbours") or 0
-    data = _images(config.data, shape, encoder.whole)
+    data = labelled_images(config.data, shape, encoder.whole)
     if neighbours:
         if not config.data.get("gallery"):
             raise UserError(
                 f"model.neighbours={neighbours} vote, but data.gallery has none; give labelled images there"
             )
-        gallery = _images(config.data, shape, encoder.whole, gallery=True)
+        gallery = labelled_images(config.data, shape, encoder.whole, gallery=True)
         if gallery.classes != data.classes:
             raise UserError(
                 f"data.gallery={config.data.gallery} has other classes than the data: give it the same ones"
             )
         features, labels = encode(encoder, gallery, batch_size)
         encoder.by_neighbours(neighbours, features, labels, len(data.classes))
-    elif encoder.read is not None:
+    elif encoder.text_features is not None:
         encoder.by_names(data.classes, templates_of(config))
     else:
         encoder.by_classifier(len(data.classes))
     return QuestionData(data, ImageCollate(encoder), batch_size, config.data.limit)
 
 
-def _images(c: DictConfig, shape: Shape, whole: bool, gallery: bool = False) -> Images:
+def labelled_images(c: DictConfig, shape: Shape, whole: bool = False, gallery: bool = False) -> Images:
+    """Images of `config.data`, or of its gallery; whole: the encoder reads an image without cropping it."""
     if c.name == "emoji":
         return emoji(shape.patches, list((c.gallery if gallery else c.styles) or ()), c.size, c.background, whole)
     if c.name == "imagefolder":

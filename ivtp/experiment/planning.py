@@ -29,7 +29,7 @@ STAND_INS = {"resampler": resampler}
 """Methods with trained modules of their own: their cost is known, they are never run."""
 LOADING = (
     *("text_encoder", "dtype", "revision", "attn_implementation", "device_map", "load_in_4bit", "trust_remote_code"),
-    *("image_padding", "max_crops"),
+    *("image_padding", "max_crops", "max_pixels"),
 )
 """Keys of `config.model` that are arguments of `load_model`."""
 
@@ -115,11 +115,22 @@ def build_data(
     config: DictConfig, processor, shape: Shape, batch_size: int, context: int | None = None
 ) -> QuestionData:
     """Data module of `config.data`; longer prompts than `context` are refused."""
-    c = config.data
     if is_encoder(config):
         from ivtp.experiment.encoders import build_images
 
         return build_images(config, processor, shape, batch_size)
+    data = build_source(config, shape)
+    collate, sort = Collate(processor, config.model.prompt, context), config.trainer.sort
+    return QuestionData(data, collate, batch_size, config.data.limit, sort, shape.by_image)
+
+
+def build_source(config: DictConfig, shape: Shape) -> Any:
+    """Samples of `config.data`, without the model."""
+    c = config.data
+    if is_encoder(config):
+        from ivtp.experiment.encoders import labelled_images
+
+        return labelled_images(c, shape)
     if c.name == "scenes2":
         from ivtp.data.scenes2 import Scenes2
 
@@ -129,26 +140,23 @@ def build_data(
                 f"data=scenes2 needs a model that cuts its images into a square of patches, not {shape.patches}"
             )
         try:
-            data = Scenes2(c.split, c.scenes, c.seed, c.size, grid)
+            return Scenes2(c.split, c.scenes, c.seed, c.size, grid)
         except ValueError as error:
             raise UserError(f"data: {error}") from error
-    elif c.name == "folder":
+    if c.name == "folder":
         from ivtp.data.questions import Questions
 
-        data = Questions(c.path, shape.patches, c.match, c.answers)
-    elif c.name == "lmms":
-        from ivtp.lmms.dataset import LmmsTask
+        return Questions(c.path, shape.patches, c.match, c.answers)
+    if c.name == "lmms":
+        from ivtp.lmms.dataset import LmmsTask, TaskSettings
 
         settings: Any = OmegaConf.to_container(c)
         name, _ = settings.pop("task"), settings.pop("name")
-        data = LmmsTask(name, shape.patches, chat=config.model.prompt == CHAT, **settings)
-    else:
-        raise UserError(
-            f"data={c.name} asks nothing, but this model answers questions: data=scenes2, folder, lmms; labelled "
-            "images are for encoders (model=tiny_clip, deit_small, …)"
-        )
-    collate, sort = Collate(processor, config.model.prompt, context), config.trainer.sort
-    return QuestionData(data, collate, batch_size, c.limit, sort, shape.by_image)
+        return LmmsTask(name, shape.patches, TaskSettings(**settings), chat=config.model.prompt == CHAT)
+    raise UserError(
+        f"data={c.name} asks nothing, but this model answers questions: data=scenes2, folder, lmms; labelled "
+        "images are for encoders (model=tiny_clip, deit_small, …)"
+    )
 
 
 def prompt_of(config: DictConfig) -> str:
@@ -231,8 +239,11 @@ def model_identity(config: DictConfig, model, processor) -> dict:
     checkpoint = getattr(model, "_checkpoint", None)  # None: random weights
     dtype = str(getattr(model, "dtype", None) or next(model.parameters()).dtype).removeprefix("torch.")
     more = {name: config.model[name] for name in ("library", "pretrained", "neighbours") if name in config.model}
-    images = {"image_padding": padding_of(processor.image_processor), "max_crops": config.model.get("max_crops")}
+    limits = {name: config.model.get(name) for name in ("max_crops", "max_pixels")}
+    images = {"image_padding": padding_of(processor.image_processor)} | limits
     more |= {name: value for name, value in images.items() if value is not None and not is_encoder(config)}
+    if config.trainer.precision is not None:
+        more["precision"] = config.trainer.precision
     content = None if checkpoint is None else checkpoint_hash(checkpoint)
     return {"source": str(config.model.source), "hash": content, "dtype": dtype} | more
 

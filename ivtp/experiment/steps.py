@@ -20,34 +20,45 @@ from ivtp.backbones.text.pairing import crop_limit_of, guide_for
 from ivtp.core.flops import Shape
 from ivtp.data.datamodule import QuestionData
 from ivtp.experiment import planning as build
-from ivtp.experiment.config import options, variants
+from ivtp.experiment import ranks
 from ivtp.experiment.planning import Planned, plan_rows
 from ivtp.experiment.runner import Evaluator
+from ivtp.experiment.variants import variants
 from ivtp.registry import UserError
-from ivtp.report import report, viewer
+from ivtp.report import loggers, report, viewer
 from ivtp.results import Result
 
+BLIND = "without images"
+"""Label of the result in blind.jsonl."""
 VERSIONED = ("torch", "transformers", "lightning", "timm", "open_clip_torch")
 
 
-def evaluate(config: DictConfig, rows: list[dict], folder: Path, console: Console) -> None:
-    """Evaluate and record the rows, and write the report."""
+def evaluate(config: DictConfig, rows: list[dict], folder: Path, console: Console) -> list[Result]:
+    """Evaluate and record the rows, write the report, and return the results."""
     setup = load(config, console)
     planned = plan(setup, rows)
-    watch = viewer.save(folder, setup.data.data, setup.processor, config.viewer if viewer.drawable(setup.shape) else 0)
+    ranks.agree([row.key for row in planned])
+    images = config.viewer if viewer.drawable(setup.shape) else 0
+    watch = ranks.shared(lambda: viewer.save(folder, setup.data.data, setup.processor, images))
     evaluator = Evaluator(setup.model, setup.processor, setup.data, config, folder, console, watch)
-    results = evaluate_rows(planned, evaluator)
+    try:
+        results = evaluate_rows(planned, evaluator)
+    finally:
+        evaluator.close()
     blind = blind_accuracy(setup, evaluator) if config.blind else None
+    if not ranks.first():
+        return []
     settings: Any = OmegaConf.to_container(config)
     experiment = {
         "keys": [result.key for result in results],
         "blind": blind and blind.key,
         "compare_to": config.compare_to,
-        "question": config.get("question") or options("experiment").get(config.name, ""),  # its YAML's first comment
+        "question": config.question or "",
     }
-    experiment |= {key: settings[key] for key in ("paper", "claims", "pictures", "overlap")}
+    experiment |= {key: settings[key] for key in ("paper", "claims", "kept_tokens", "overlap")}
     store.replace(folder / "experiment.json", store.as_json(experiment))
     report(folder, results, console, experiment, setup.data.data, setup.processor.image_processor)
+    return results
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,9 @@ def load(config: DictConfig, console: Console) -> Setup:
     """Load model and data, and print notes on them."""
     if config.blind and build.is_encoder(config):
         raise UserError("blind=true asks questions without their images, but an encoder is asked none; leave it out")
-    device = pick_device(config)
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    device = ranks.device_of(config.trainer, config.model.get("device_map"))
     model, processor = build.build_model(config, device)
     shape = build.shape_of(model, build.usual_image(config))
     reference = "class token" if shape.has_cls else "mean of all patches"
@@ -104,7 +117,8 @@ def plan(setup: Setup, rows: list[dict]) -> list[Planned]:
         unkeyed = plan_rows(rows, setup.shape, text, mean_instruction(setup.data.survey, setup.model))
     planned = []
     for row in unkeyed:
-        request = {"pruner": row.pruner, "budget": row.budget, "position_ids": row.position_ids}
+        budget = row.budget if "keep" in row.pruner else {}  # the unpruned model is the same under any budget
+        request = {"pruner": row.pruner, "budget": budget, "position_ids": row.position_ids}
         sources = {
             "text_encoder": text_encoder if row.plan.reads_text else None,
             "pruner_source": build.pruner_source(row.pruner["name"]),
@@ -115,42 +129,66 @@ def plan(setup: Setup, rows: list[dict]) -> list[Planned]:
 
 
 def evaluate_rows(planned: list[Planned], evaluator: Evaluator) -> list[Result]:
-    """Results of all rows: those on disk, and new ones, which are recorded and logged one by one."""
+    """Results of all rows: those on disk, and new ones, which are recorded and logged one by one.
+
+    Every rank evaluates, and rank 0 has the results.
+    """
     path = evaluator.folder / "results.jsonl"
-    recorded, torn = store.read_results(path)
-    if torn:
-        evaluator.console.print(f"{torn} torn line(s) of {path} set aside in {path.name}.torn", soft_wrap=True)
-    by_key = {result.key: result for result in recorded}
+    before = recorded(path, evaluator.console)
+    finished = ranks.shared(lambda: [is_finished(before.get((row.key, row.label)), evaluator) for row in planned])
     results: list[Result] = []
     for number, row in enumerate(planned):
-        before = by_key.get(row.key)
-        before = before if before and before.label == row.label else None
         evaluator.share(planned[number:])
-        if before and not before.failed:
-            result = before
-        else:  # samples that failed are tried again: a file may have been mended, the device free of other work
+        result = old = before.get((row.key, row.label))
+        if not finished[number]:  # samples that failed are tried again: a file may have been mended
             result = evaluator.evaluate(row, f"{number + 1}/{len(planned)} {row.label}")
+        if result is None:
+            continue
+        if not finished[number]:
             # The rate is that of all samples, not of those that were tried again.
-            result = replace(result, time=now(), speed=before.speed if before else result.speed)
-            if row.key not in by_key or outcome_of(by_key[row.key]) != outcome_of(result):
+            result = replace(result, time=now(), speed=old.speed if old else result.speed)
+            if old is None or outcome_of(old) != outcome_of(result):
                 store.append_results(path, [result])
-                evaluator.unlogged(row.key)
+                loggers.unlogged(evaluator.folder, result)
         results.append(result)
-        evaluator.log(result, results[0])
+        evaluator.log(result, results[0], last=number + 1 == len(planned))
+    if all(finished):
+        text = f"all {len(planned)} rows have results already; none was evaluated again"
+        evaluator.console.print(text, soft_wrap=True)
     return results
 
 
-def blind_accuracy(setup: Setup, evaluator: Evaluator) -> Result:
+def recorded(path: Path, console: Console) -> dict[tuple[str, str], Result]:
+    """Last result on disk of every key and label, for rank 0; what cannot be used, or is there twice, is set aside."""
+    if not ranks.first():
+        return {}
+    results, torn = store.read_results(path)
+    if torn:
+        console.print(f"{torn} torn line(s) of {path} set aside in {path.name}.torn", soft_wrap=True)
+    if doubled := store.drop_repeated(path):
+        console.print(f"{doubled} doubled line(s) of {path} set aside in {path.name}.aside", soft_wrap=True)
+    return {(result.key, result.label): result for result in results}
+
+
+def is_finished(result: Result | None, evaluator: Evaluator) -> bool:
+    """True if a row needs no evaluation: its result is on disk, and with it exactly the outcomes that it was made of."""
+    return result is not None and not result.failed and evaluator.supports(result)
+
+
+def blind_accuracy(setup: Setup, evaluator: Evaluator) -> Result | None:
     """Result of the unpruned model on the questions without their images, kept in blind.jsonl."""
     path = evaluator.folder / "blind.jsonl"
     key = store.key("without images", setup.identity)
-    result = {result.key: result for result in store.read_results(path)[0]}.get(key)
-    if result is None or result.failed:
-        data = evaluator.data.without_images()
-        blind = Evaluator(setup.model, setup.processor, data, setup.config, evaluator.folder, evaluator.console)
-        unpruned: Any = OmegaConf.merge(setup.config, {"variants": [{"label": "unpruned", "pruner": "none"}]})
-        (row,) = plan_rows(list(variants(unpruned)), setup.shape, 0, 0)
-        result = replace(blind.blind(replace(row, key=key)), time=now(), **setup.circumstances)
+    result = recorded(path, evaluator.console).get((key, BLIND))
+    if ranks.shared(lambda: is_finished(result, evaluator)):
+        return result
+    data = evaluator.data.without_images()
+    blind = Evaluator(setup.model, setup.processor, data, setup.config, evaluator.folder, evaluator.console)
+    unpruned: Any = OmegaConf.merge(setup.config, {"variants": [{"label": BLIND, "pruner": "none"}]})
+    (row,) = plan_rows(list(variants(unpruned)), setup.shape, 0, 0)
+    result = blind.blind(replace(row, key=key))
+    if result is not None:
+        result = replace(result, time=now(), **setup.circumstances)
         store.append_results(path, [result])
     return result
 
@@ -173,18 +211,6 @@ def say_crops(model, sizes: list, console) -> None:
 def outcome_of(result: Result) -> bytes:
     """Content of a result as bytes, to see if another try changed it."""
     return store.as_json([result.label, result.metrics, result.failed])
-
-
-def pick_device(config) -> str:
-    """Device of the model; also sets the number of threads."""
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
-    device = config.trainer.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"trainer.device={device}, but torch sees no CUDA device here; use trainer.device=cpu")
-    return device
 
 
 def mean_prompt(survey, processor) -> int:
@@ -222,5 +248,6 @@ def machine(device: str) -> dict:
         "versions": {"ivtp": version("ivtp"), "python": platform.python_version()}
         | {package: version(package) for package in VERSIONED},
         "git": git or None,
-        "machine": {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        | {"ranks": ranks.world()},
     }

@@ -96,45 +96,52 @@ def request_fields(visuals: Sequence | None, text: str, chat: bool) -> dict:
     return fields | {"images": [image.convert("RGB") for image in images]}
 
 
+@dataclass(frozen=True)
+class TaskSettings:
+    """Settings of a benchmark task, as the keys of `data=lmms`.
+
+    path    folder with a copy of its data set, or another hub id; default: the data set on the hub
+    preset  which of the task's prompts; prompt: single settings of it, over its own
+    generation  settings of generate, over the task's own
+    metric  the main metric, or several whose sum is the main metric; default: the task's first
+    alone   a document is correct where its metric alone is 1 (or 100), for tasks that give documents no score
+    family  column of the documents by which accuracy is broken down
+    macro   the main metric is the mean of the metric over the families, beside the metric over all documents
+    judge   environment variables of the judge that some tasks ask
+    limit   documents, the first ones; default: all
+    """
+
+    path: str | None = None
+    preset: str = "default"
+    prompt: Mapping | None = None
+    generation: Mapping | None = None
+    metric: str | Sequence[str] | None = None
+    alone: bool = False
+    family: str | None = None
+    macro: bool = False
+    judge: Mapping | None = None
+    limit: int | None = None
+
+
 class LmmsTask(Dataset):
     """One benchmark task. Items have the fields of `Scenes2`, but `images`, a list, for `image`; with `chat` also `messages`.
 
     patches  number of patches of an image (target patches are unknown)
-    metric   the main metric, or several whose sum is the main metric; default: the task's first
-    alone    a document is correct where its metric alone is 1 (or 100), for tasks that give documents no score
-    family   column of the documents by which accuracy is broken down
-    macro    the main metric is the mean of the metric over the families, beside the metric over all documents
     """
 
-    def __init__(
-        self,
-        name: str,
-        patches: int,
-        *,
-        path: str | None = None,
-        preset: str = "default",
-        prompt: Mapping | None = None,
-        generation: Mapping | None = None,
-        metric: str | Sequence[str] | None = None,
-        alone: bool = False,
-        family: str | None = None,
-        macro: bool = False,
-        judge: Mapping | None = None,
-        chat: bool = False,
-        limit: int | None = None,
-    ) -> None:
+    def __init__(self, name: str, patches: int, settings: TaskSettings, *, chat: bool = False) -> None:
         from lmms_eval.api.reasoning import parse_reasoning_tags_config
 
-        self.name, self.patches, self.alone, self.family, self.chat = name, patches, alone, family, chat
-        if macro and family is None:
+        self.name, self.patches, self.settings, self.chat = name, patches, settings, chat
+        if settings.macro and settings.family is None:
             raise DataError("data.macro=true averages over families; name their column, as in data.family=category")
-        self.macro, self._judge = macro, judge_variables(judge)
-        self.task = load_task(name, path, preset, prompt, chat, self._judge)
+        self._judge = judge_variables(settings.judge)
+        self.task = load_task(name, settings.path, settings.preset, settings.prompt, chat, self._judge)
         self.tags = parse_reasoning_tags_config(THOUGHTS, self.task.config.reasoning_tags)
-        settings = {**(self.task.config.generation_kwargs or {}), **(generation or {})}
-        self.generation, self.until = generation_settings(settings), stop_texts(settings)
-        self.main = self._main(metric)
-        self.requests = self._requests(limit)
+        generation = {**(self.task.config.generation_kwargs or {}), **(settings.generation or {})}
+        self.generation, self.until = generation_settings(generation), stop_texts(generation)
+        self.main = self._main(settings.metric)
+        self.requests = self._requests(settings.limit)
         self.indices = {self._id(index): index for index in range(len(self))}
         self._try()
 
@@ -217,8 +224,8 @@ class LmmsTask(Dataset):
                 main=metric in self.main and kind == kinds[0],
             )
             scores.append(score)
-            if self.macro and score.main:
-                families = [str(self._plain[self.indices[outcome["id"]]][self.family]) for outcome in having]
+            if self.settings.macro and score.main:
+                families = [str(self._plain[self.indices[outcome["id"]]][self.settings.family]) for outcome in having]
                 scores[-1:] = [replace(score, main=False), macro_average(score, families)]
         return scores
 
@@ -274,7 +281,7 @@ class LmmsTask(Dataset):
             if metric not in self.main:
                 continue
             single = self._single(value)
-            if single is None and self.alone:
+            if single is None and self.settings.alone:
                 with TemporaryDirectory() as folder:
                     single = self._aggregate(self.task.aggregation()[metric], [value], Path(folder))
                 if single not in (0, 1, 100):
@@ -329,13 +336,13 @@ class LmmsTask(Dataset):
 
     def _text(self, index: int) -> dict:
         doc = self._plain[index]
-        if self.family is not None and self.family not in doc:
-            raise UnknownName(unknown(f"column of task {self.name!r}:", self.family, map(str, doc)))
+        if self.settings.family is not None and self.settings.family not in doc:
+            raise UnknownName(unknown(f"column of task {self.name!r}:", self.settings.family, map(str, doc)))
         return {
             "id": self._id(index),
             "question": self.requests[index].args[0],
             "answer": self._answer(index, doc),
-            "family": str(doc[self.family]) if self.family is not None else "all",
+            "family": str(doc[self.settings.family]) if self.settings.family is not None else "all",
         }
 
     def _answer(self, index: int, doc: dict) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -20,6 +19,7 @@ from ivtp.core.flops import Shape
 from ivtp.core.plan import Plan
 from ivtp.pruners.default_layers import language_depth
 from ivtp.registry import Registry, UnknownName, check_choice, unknown
+from ivtp.text import first_sentence
 
 PER = ("image", "crop")
 
@@ -65,8 +65,7 @@ def summary(name: str) -> str:
     >>> summary("none")
     'The frozen model as it is, without pruning.'
     """
-    paragraph = (inspect.getdoc(PRUNERS[name]) or "").split("\n\n")[0]
-    return re.split(r"(?<=\w{3}\.)\s(?=[A-Z`])", " ".join(paragraph.split()))[0]
+    return first_sentence(inspect.getdoc(PRUNERS[name]))
 
 
 def load_pruner(name: str, shape: Shape, position_ids: str = "keep", per: str = "image", **settings) -> Plan:
@@ -118,7 +117,6 @@ def check_plan(plan: Plan, shape: Shape, name: str = "the plan") -> None:
 def _by_crops(name: str, shape: Shape, position_ids: str, per: str, settings: dict) -> Plan:
     """The plan for an image in crops: the tower's cuts are of one crop, the language model's of the whole image."""
     each, whole = dict(settings), dict(settings)
-    one, all_of_it = replace(shape, crops=1), replace(shape, crops=1, patches=shape.tokens, columns=shape.tokens)
     keep = settings.get("keep")
     if isinstance(keep, int):
         if per == "image" and not shape.crops <= keep <= shape.tokens:
@@ -128,10 +126,10 @@ def _by_crops(name: str, shape: Shape, position_ids: str, per: str, settings: di
             )
         each["keep"] = round(keep / shape.crops) if per == "image" else keep
         whole["keep"] = keep if per == "image" else keep * shape.crops
-    of_image = load_pruner(name, all_of_it, position_ids, **whole)
+    of_image = load_pruner(name, shape.in_one_crop(shape.tokens), position_ids, **whole)
     if of_image.vision is None and of_image.image is None:
         return of_image
-    of_crop = load_pruner(name, one, position_ids, **each)
+    of_crop = load_pruner(name, replace(shape, crops=1), position_ids, **each)
     reach = of_crop.leaving(shape.patches, shape.crops)
     return replace(of_crop, language=of_image.language).reached_by(reach)
 

@@ -34,12 +34,7 @@ def solve(budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Map
             raise UnknownName(unknown("row to take the budget from", str(value), rows))
         return _nearest(rows[value].total, shape, lambda k: spend(k).total, f"the cost of row {value!r}", "TFLOPs")
     if kind == "ratio":
-        share = fraction(value)
-        if not 0 < share <= 1:
-            raise UserError(
-                f"budget.ratio={value} must be above 0 and at most 1: the share of visual tokens that stays"
-            )
-        return max(shape.crops, round(share * shape.tokens))
+        return max(shape.crops, round(share(value) * shape.tokens))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"budget.{kind}={value!r} is not a number")
     if kind == "keep":
@@ -55,16 +50,19 @@ def solve(budget: Mapping, shape: Shape, spend: Callable[[int], Cost], rows: Map
     return _nearest(value * 1e12, shape, lambda k: spend(k).total, f"budget.tflops={value}", "TFLOPs")
 
 
-def fraction(value: object) -> float:
-    """0.111 or "1/9" as a number.
+def share(value: object, name: str = "budget.ratio") -> float:
+    """The share of visual tokens that stays, from 0.111 or "1/9"; raises UserError, naming the key, outside (0, 1].
 
-    >>> fraction("1/4"), fraction(0.25)
+    >>> share("1/4"), share(0.25)
     (0.25, 0.25)
     """
     try:
-        return float(Fraction(str(value)))
+        number = float(Fraction(str(value)))
     except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"budget.ratio={value!r} is not a number") from error
+        raise UserError(f"{name}={value!r} is not a number") from error
+    if not 0 < number <= 1:
+        raise UserError(f"{name}={value} must be above 0 and at most 1: the share of visual tokens that stays")
+    return number
 
 
 def chosen(budget: Mapping) -> tuple[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ivtp.core.flops import Shape
@@ -47,14 +47,13 @@ class Planner:
         if key not in self._plans:
             plans = [self.image(shape) for shape in shapes]
             tokens = sum(shape.tokens for shape in shapes)
-            whole = replace(shapes[0], patches=tokens, columns=tokens, crops=1)
             plan = plans[0]
             if plan.language is not None:
                 settings = {name: value for name, value in self.settings.items() if name != "per"}
                 if self.ratio is not None or "keep" in settings:
                     settings["keep"] = sum(self._counted(shape) for shape in shapes)
                 reach = sum(plan.leaving(s.patches, s.crops) for plan, s in zip(plans, shapes, strict=True))
-                plan = load_pruner(self.name, whole, **settings).reached_by(reach)
+                plan = load_pruner(self.name, shapes[0].in_one_crop(tokens), **settings).reached_by(reach)
             self._plans[key] = plan
         return self._plans[key]
 

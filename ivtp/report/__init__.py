@@ -20,7 +20,7 @@ def report(folder: Path, results: list[Result], console, about: dict, data=None,
     Writes table.md, accuracy_flops.png, kept_tokens.png, report.html, overlap.png where the experiment asks for it,
     comparisons.json (every paired comparison, with the ids of flipped answers) and claims.json.
 
-    about  `experiment.json`: row to compare to, question, tables of the paper, claims, pictures, overlap
+    about  `experiment.json`: row to compare to, question, tables of the paper, claims, kept_tokens, overlap
     data   the data set, for kept_tokens.png; None: that picture stays as it is
     image_processor  the model's, with `data`: kept_tokens.png shows images as the model reads them
     """
@@ -35,8 +35,8 @@ def report(folder: Path, results: list[Result], console, about: dict, data=None,
 
     written = [folder / "table.md", folder / "accuracy_flops.png"]
     save_spec(accuracy_cost(contents.results), results[0].experiment, written[-1])
-    picture, pictures = folder / "kept_tokens.png", about.get("pictures") == "questions"
-    if data is not None and kept_tokens(contents.results, contents.outcomes, data, image_processor, picture, pictures):
+    picture, one_image = folder / "kept_tokens.png", about.get("kept_tokens") == "questions"
+    if data is not None and kept_tokens(contents.results, contents.outcomes, data, image_processor, picture, one_image):
         written.append(picture)
     if overlap.heat_map(contents.overlaps, folder / "overlap.png"):
         written.append(folder / "overlap.png")
@@ -46,7 +46,7 @@ def report(folder: Path, results: list[Result], console, about: dict, data=None,
 
 def compose(folder: Path, results: list[Result], about: dict) -> Report:
     """Read the outcomes, compare the rows, and draw up all tables."""
-    recorded = {result.label: store.read_outcomes(folder / "outcomes" / f"{result.key}.jsonl") for result in results}
+    recorded = {result.label: store.outcomes_of(folder, result) for result in results}
     failed = {label: failures(outcomes) for label, outcomes in recorded.items()}
     results, outcomes = together(results, {label: answered(all_of) for label, all_of in recorded.items()})
     first, compare_to = results[0].label, about.get("compare_to")

@@ -19,7 +19,7 @@ const bdi = (text) => make("bdi", { textContent: text });
 // Answers ------------------------------------------------------------------------------------------------------------
 
 const answered = (row, sample) => rows[row].predictions[sample] >= 0;
-const said = (row, sample) => (answered(row, sample) ? texts[rows[row].predictions[sample]] : null);
+const prediction = (row, sample) => (answered(row, sample) ? texts[rows[row].predictions[sample]] : null);
 const failed = (row, sample) => texts[rows[row].failed[sample]];
 const right = (row, sample) => rows[row].right[sample] >= 0.5;
 const differ = (one, other, sample) =>
@@ -199,7 +199,7 @@ function panel(side) {
   slider.value = cut;
   slider.disabled = !cuts;
   slider.setAttribute("aria-label", `Cut of method ${side.toUpperCase()}`);
-  for (const part of ["picture", "state", "said", "words"]) $(`${part}-${side}`).replaceChildren();
+  for (const part of ["picture", "state", "answer", "words"]) $(`${part}-${side}`).replaceChildren();
   if (!sample) return;
   answer(side, row);
   if (failed(state[side], state.sample)) return;
@@ -249,11 +249,11 @@ function picture(id, sample, alive, before, label) {
 function answer(side, row) {
   if (!answered(state[side], state.sample)) {
     const reason = failed(state[side], state.sample);
-    return $(`said-${side}`).append(...(reason ? [make("strong", { textContent: "failed: " }), bdi(reason)] : ["no answer recorded"]));
+    return $(`answer-${side}`).append(...(reason ? [make("strong", { textContent: "failed: " }), bdi(reason)] : ["no answer recorded"]));
   }
-  $(`said-${side}`).append("“", bdi(said(state[side], state.sample)), "” ", verdict(state[side], state.sample));
+  $(`answer-${side}`).append("“", bdi(prediction(state[side], state.sample)), "” ", verdict(state[side], state.sample));
   const early = row.early[state.sample];
-  if (early >= 0) $(`said-${side}`).append(make("br"), make("span", { className: "quiet" }, "after part 1: ", bdi(texts[early] || "–")));
+  if (early >= 0) $(`answer-${side}`).append(make("br"), make("span", { className: "quiet" }, "after part 1: ", bdi(texts[early] || "–")));
 }
 
 function words(side, row) {
@@ -300,7 +300,7 @@ function list() {
       if (failed(state[side], s)) answers.append(side === "b" ? " · " : "", `${side.toUpperCase()}: failed`);
       if (!answered(state[side], s)) continue;
       const good = right(state[side], s);
-      answers.append(side === "b" ? " · " : "", `${side.toUpperCase()}: `, make("span", { className: good ? "right" : "wrong" }, bdi(said(state[side], s)), good ? " ✓" : " ✗"));
+      answers.append(side === "b" ? " · " : "", `${side.toUpperCase()}: `, make("span", { className: good ? "right" : "wrong" }, bdi(prediction(state[side], s)), good ? " ✓" : " ✗"));
     }
     button.append(answers);
     button.dataset.sample = s;

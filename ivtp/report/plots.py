@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from ivtp.data.datamodule import images_of
+from ivtp.data.batches import images_of
 from ivtp.data.failures import Failed, read
 from ivtp.data.outcomes import Outcome
 from ivtp.evaluation.task_metrics import principal

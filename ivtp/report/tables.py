@@ -225,14 +225,36 @@ def image_settings(results: list[Result]) -> list[str]:
         fewer = results[0].fewer_crops
         counted = "" if fewer is None else f" ({fewer} would have had more)"
         phrases.append(f"images cut into at most {model['max_crops']} crops{counted}")
+    if model.get("max_pixels"):
+        phrases.append(f"images of at most {model['max_pixels']} pixels")
     return phrases
+
+
+DATA = {
+    "task": "task {}",
+    "path": "{}",
+    "styles": "styles {}",
+    "split": "{} split",
+    "seed": "seed {}",
+    "scenes": "{} scenes",
+    "limit": "the first {} samples",
+}
+"""Settings of a data set that say which samples were evaluated, in words."""
+
+
+def data_set(data: dict) -> str:
+    """Samples that were evaluated, as "scenes2, test split, seed 0, 250 scenes"; the page's foot has all settings."""
+    known = ((phrase, data[key]) for key, phrase in DATA.items() if data.get(key) is not None)
+    texts = (phrase.format(" and ".join(value) if isinstance(value, list) else value) for phrase, value in known)
+    return ", ".join([data["name"], *texts])
 
 
 def preamble(results: list[Result]) -> str:
     """Note on all numbers of the main table; the notes of its columns follow."""
     metrics = results[0].metrics
     n, images = principal(metrics)["n"], metrics["images"]
-    parts = [f"{phrase[0].upper()}{phrase[1:]}." for phrase in image_settings(results)]
+    parts = [f"Data: {data_set(results[0].data)}."]
+    parts += [f"{phrase[0].upper()}{phrase[1:]}." for phrase in image_settings(results)]
     if "score" in metrics:
         parts.append(
             f"Metrics of the benchmark task are in their own unit; of dense: {metrics['score']['name']}, in % of the "

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ivtp import results as store
 from ivtp.core.flops import Shape
-from ivtp.data.datamodule import images_of
+from ivtp.data.batches import images_of
 from ivtp.data.failures import PREPARING, Failed, failure, read
 
 

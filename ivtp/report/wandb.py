@@ -1,13 +1,17 @@
 """Weights & Biases: a run per row with config, summary, cost, and a table of samples with pictures of the kept tokens."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ivtp.data.datamodule import images_of
+from ivtp.data.batches import images_of
 from ivtp.data.failures import Failed, answered, failures, read
 from ivtp.data.outcomes import Outcome
 from ivtp.evaluation.statistics import compare, flip
+from ivtp.registry import UserError, check_choice
 from ivtp.report.plots import kept_patches
 from ivtp.results import Result
 from ivtp.text import one_line, printable
@@ -26,33 +30,98 @@ def logged_in() -> bool:
     return bool(wandb.api.is_authenticated)
 
 
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+KEY = re.compile(r"(\w+-)?[\w-]{40,}")
+"""Keys of W&B: 40 letters, digits and underscores or more, behind the prefix of a server of one's own."""
+
+
 def mode() -> Any:
     """Mode of the client: WANDB_MODE, else "online" with a login and "offline" without."""
     return os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
 
 
-def log_row(config, folder: Path, result: Result, outcomes: list[Outcome], unpruned: list[Outcome], data) -> None:
-    """Log a finished row; everything that the client writes goes below `folder`."""
-    lost, outcomes, unpruned = failures(outcomes), answered(outcomes), answered(unpruned)
-    # The pictures inside a table are staged in these folders until they are synced.
-    os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").resolve()))
-    os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb").resolve()))
+def in_sweep() -> bool:
+    """True in a process of `wandb agent`, which names the one run that it waits for."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+def check(logger, folder: Path) -> None:
+    """Refuse settings of Weights & Biases that fail on the first row; no server is asked."""
     import wandb
 
+    try:
+        check_choice("WANDB_MODE", mode(), MODES)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if mode() == "disabled":
+        return
+    try:
+        wandb.Settings(project=logger.project)
+    except (ValueError, wandb.Error) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "project name" in line), str(error))
+        raise UserError(f"logger.project={logger.project}: {one_line(reason)}") from error
+    place = run_folder(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"WANDB_DIR={place} cannot be written: {error.strerror}") from error
+    if mode() not in ("offline", "dryrun") and not KEY.fullmatch(str(wandb.api.api_key or "")):
+        problem = (
+            "the key of Weights & Biases is malformed" if wandb.api.api_key else "no key of Weights & Biases is known"
+        )
+        raise UserError(f"{problem}; run `wandb login`, set WANDB_API_KEY, or log offline with WANDB_MODE=offline")
+
+
+def run_folder(folder: Path) -> Path:
+    """Folder of the client's files: WANDB_DIR, else that of the run."""
+    return Path(os.environ.get("WANDB_DIR") or folder)
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[None]:
+    """Stage pictures of tables, until they are synced, beside the run; not in the home folder."""
+    names = [name for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR") if name not in os.environ]
+    os.environ |= dict.fromkeys(names, str((folder / "wandb").resolve()))
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
+
+
+def log_row(logger, folder: Path, result: Result, outcomes: list[Outcome], unpruned: list[Outcome], data) -> None:
+    """Log a finished row; everything that the client writes goes below `folder`, or WANDB_DIR."""
+    import wandb
+
+    try:
+        with staging(run_folder(folder)):
+            _log_row(logger, folder, result, outcomes, unpruned, data)
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases: {one_line(str(error))}; the results are in {folder}, and the same command logs them "
+            "(WANDB_MODE=offline, logger=none)"
+        ) from error
+
+
+def _log_row(logger, folder: Path, result: Result, outcomes: list[Outcome], unpruned: list[Outcome], data) -> None:
+    import wandb
+
+    lost, outcomes, unpruned = failures(outcomes), answered(outcomes), answered(unpruned)
+    label, tags = one_line(result.label), os.environ.get("WANDB_TAGS", "").split(",")
+    # An agent has given project, entity and id already.
+    own = {"project": logger.project, "entity": logger.entity, "id": f"{result.experiment}-{result.key}"[:64]}
     run = wandb.init(
-        project=config.logger.project,
-        entity=config.logger.entity,
-        group=result.experiment,
-        name=one_line(result.label),
-        id=f"{result.experiment}-{result.key}"[:64],
-        tags=[result.pruner["name"], *([result.section] if result.section else [])],
+        **({} if in_sweep() else own),
+        group=os.environ.get("WANDB_RUN_GROUP") or result.experiment,
+        name=f"{os.environ['WANDB_NAME']}: {label}" if os.environ.get("WANDB_NAME") else label,
+        tags=[tag for tag in [result.pruner["name"], result.section, *map(str.strip, tags)] if tag],
         config={name: getattr(result, name) for name in CONFIG},
-        dir=str(folder),
+        dir=str(run_folder(folder)),
         mode=mode(),
         reinit="finish_previous",
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, save_code=False, disable_git=True),
     )
-    rows, flips, pictures = tables(result, outcomes, unpruned, data, config.logger.samples)
+    rows, flips, pictures = tables(result, outcomes, unpruned, data, logger.samples)
     values = summary(result) | scalars("unpruned", compare(outcomes, unpruned))
     run.log(
         {

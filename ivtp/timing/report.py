@@ -14,14 +14,23 @@ BOUNDS = (
     ("rollout_over_dense.memory", "a group's rollout: times less memory", "≥ {}", {"cpu": 10, "gpu": 10}),
     ("loop_overhead", "our loop without a pruner over the model's own forward", "≤ {}", {"cpu": 1.03, "gpu": 1.03}),
     ("import_seconds", "import of ivtp beyond torch, seconds", "≤ {}", {"cpu": 1.0, "gpu": 1.0}),
+    (
+        "pipeline.clip.over_model.2.median",
+        "the loop of a run over its model alone: CLIP processor, 2 workers, 20 ms an image",
+        "≥ {}",
+        {"pipeline": 0.9},
+    ),
     ("main_job_seconds", "the embedded main job, seconds", "≤ {}", {"cpu": 120}),
 )
 """Key in the record, description, form of the bound, and the bound per suite."""
 
 
 def tables(record: dict) -> list[Table]:
-    """Tables of the bounds, then of each case's prefill, parts and operators, then of decoding, throughput and peers."""
+    """Tables of the bounds, then of each case's prefill, parts and operators, then of decoding, throughput and peers; of the
+    pipeline, its own."""
     parts = [_bounds(record)]
+    if "pipeline" in record:
+        return [*parts, _pipeline(record["pipeline"])]
     for case in record["cases"]:
         parts += [_prefill(case), _parts(case), _operators(case)]
     return [*parts, _decoding(record), _throughput(record["throughput"]), _peers(record), _rollout(record["rollout"])]
@@ -132,6 +141,18 @@ def _peers(record: dict) -> Table:
         for name, value in part["seconds"].items()
     ]
     return Table("Prefill of peer methods", ["", "", "ms", "over SDPA", "peak MB", "KV cache MB"], rows)
+
+
+def _pipeline(record: dict) -> Table:
+    rows = []
+    for name, part in record.items():
+        rates = part["images_per_second"]
+        rows.append([name, "the model alone", f"{rates['model']:.4g}", ""])
+        for workers, over in part["over_model"].items():
+            rows.append([name, f"workers={workers}", f"{rates[workers]:.4g}", _interval(over)])
+    part = next(iter(record.values()))
+    title = f"Images per second of the loop: {part['images']} images, batches of {part['batch']}"
+    return Table(title, ["processor", "", "images per second", "over the model alone; median [95 %]"], rows)
 
 
 def _rollout(part: dict) -> Table:

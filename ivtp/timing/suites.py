@@ -17,10 +17,12 @@ from ivtp.timing.decoding import decoding
 from ivtp.timing.measure import Run, interleave, limits, machine, ratio, summary
 from ivtp.timing.models import Size, build
 from ivtp.timing.peers import compare_peers, missing_kvpress, rollout_over_dense
+from ivtp.timing.pipeline import Load, pipeline
 from ivtp.timing.prefill import Case, measure
 from ivtp.timing.throughput import throughput
 
 IMPORT = "import ivtp\nfor name in ivtp.__all__: getattr(ivtp, name)"
+PIPELINE = "pipeline"
 MAIN_JOB = ("experiment=ablation_groupsize", "logger=none")
 
 
@@ -98,6 +100,8 @@ def run(
     name: str, rounds: int | None = None, model: str | None = None, say: Callable[[str], None] = lambda line: None
 ) -> dict:
     """Run a suite, on the sizes of `model` if given, and return its record; `say` is called with each step."""
+    if name == PIPELINE:
+        return run_pipeline(rounds or 3, model, say)
     suite = with_model(SUITES[name], model) if model else SUITES[name]
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"suite={name} needs a CUDA device, and torch {torch.__version__} finds none; use suite=cpu")
@@ -155,6 +159,18 @@ def run(
         say(f"ivtp.run {' '.join(MAIN_JOB)}")
         record["main_job_seconds"] = main_job()
     return record
+
+
+def run_pipeline(rounds: int, model: str | None, say: Callable[[str], None], load: Load | None = None) -> dict:
+    """Run the suite of the pipeline and return its record; it has processors and no model."""
+    if model:
+        raise UserError(
+            f"model={model}: suite={PIPELINE} times the processors of LLaVA-1.5 and LLaVA-NeXT; leave it out"
+        )
+    load = load or Load()
+    say(f"{load.images} photographs, {1000 * load.wait:g} ms an image, workers {', '.join(map(str, load.workers))}")
+    system = machine("cpu") | {"dtype": f"{1000 * load.wait:g} ms an image"}
+    return {"suite": PIPELINE, "machine": system, "pipeline": pipeline(load, rounds)}
 
 
 def import_times(rounds: int) -> dict:

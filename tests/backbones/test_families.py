@@ -4,13 +4,12 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import close, settings_of
+from conftest import close, settings_of, skip_unless_it_drops
 from helpers.families import FAMILIES, SIZES, TEXTS, batch, encode, family, llava_onevision, photo
 from helpers.reference_families import family_logits
 
 import ivtp
-from ivtp.core.plan import Plan, Stage
-from ivtp.core.reduces import Drop
+from ivtp.core.plan import Plan
 
 NEW = [name for name in FAMILIES if name != "llava"]
 """LLaVA-1.5 has the whole of test_every_pruner.py; here it stands for several images and prompts without any."""
@@ -78,9 +77,7 @@ def test_cutting_tokens_is_hiding_them_from_the_untouched_model(kind, name):
     """Logits of the prompt's end and of decoded tokens: positions (M-RoPE), caches, windows, newlines, taps are right."""
     model, inputs = family(kind)[0], batch(kind)
     asked, plan = settings(name, model)
-    for pruner in (plan.vision, plan.language):
-        if pruner is not None and not (isinstance(pruner, Stage) and pruner.reduce == Drop()):
-            pytest.skip(f"{name} blends what it removes into what it keeps; hiding by a mask is not the same")
+    skip_unless_it_drops(name, plan)
     sequences, logits, trace = pruned(model, name, asked, inputs)
     full, seen = family_logits(model, inputs, sequences, trace)
     close(logits, full[:, inputs["input_ids"].shape[1] - 1 : -1], 3e-5)

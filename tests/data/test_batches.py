@@ -57,14 +57,20 @@ def test_braces_in_a_question_are_text(processor):
     Collate(processor, PROMPT)([sample("a", "what is {0} or {question} ?")])
 
 
-def test_what_is_done_is_left_out_and_the_rest_keeps_its_order(processor):
+def test_a_batch_is_done_as_a_whole_and_what_is_left_keeps_its_order_and_its_batches(processor):
+    """The last bits of an outcome depend on its batch: no batch may depend on what an earlier run has done."""
     data = QuestionData(Scenes2("test", 2), Collate(processor, PROMPT), batch_size=3)
-    everything = [s["id"] for batch in data.test_dataloader() for s in batch.samples]
-    assert everything == [s["id"] for s in data.data]
-    assert len(everything) == 16
-    data.done = {everything[0], everything[4]}
-    left = [s["id"] for batch in data.test_dataloader() for s in batch.samples]
-    assert left == [name for name in everything if name not in data.done]
+    batches = [[s["id"] for s in batch.samples] for batch in data.test_dataloader()]
+    everything = [name for batch in batches for name in batch]
+    assert everything == [s["id"] for s in data.data] and list(map(len, batches)) == [3, 3, 3, 3, 3, 1]
+    done = {*everything[:3], everything[4], *everything[9:]}
+    data.left = data.missing(done)
+    assert [[s["id"] for s in batch.samples] for batch in data.test_dataloader()] == batches[1:3]
+    # Samples that failed are tried again in batches of their own, unless their batch is evaluated anyway.
+    again = {everything[i] for i in (0, 2, 4, 9, 15)}
+    data.left = data.missing(done, again)
+    names = [[s["id"] for s in batch.samples] for batch in data.test_dataloader()]
+    assert names == [*batches[1:3], [everything[i] for i in (0, 2, 9)], [everything[15]]]
 
 
 def test_without_images_the_question_alone_is_asked(processor):
@@ -127,8 +133,8 @@ def test_sorted_batches_are_alike_and_leave_nothing_out(processor):
         keys = [(by_size and one["image"].size, len(one["question"].split())) for one in asked]
         assert keys == sorted(keys, reverse=True)
         assert [one["id"] for one in data.in_data_order(asked)] == [one["id"] for one in samples]
-        data.done = {asked[0]["id"]}
-        assert [one["id"] for batch in data.test_dataloader() for one in batch.samples] == [o["id"] for o in asked[1:]]
+        data.left = data.missing({one["id"] for one in asked[:4]})
+        assert [one["id"] for batch in data.test_dataloader() for one in batch.samples] == [o["id"] for o in asked[3:]]
 
 
 def several(name: str, images: int, question: str = "read the number") -> dict:

@@ -65,7 +65,17 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
         data[1]
 
 
-def parquet(path, label, kind: dict | None = None):
+def test_an_error_of_the_program_is_not_taken_for_a_damaged_image(monkeypatch):
+    def sprite(*_):
+        return {}["drawing"]
+
+    monkeypatch.setattr("ivtp.data.scenes2.assets.sprite", sprite)
+    data = emoji(4, ["twemoji"])
+    with pytest.raises(KeyError, match="drawing"):
+        data[0]
+
+
+def parquet(path, label, kind: dict | None = None, damaged: bool = False):
     """A split of a data set as the hub stores it: bytes of images, and the features in the schema's metadata."""
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as Images
@@ -73,7 +83,7 @@ def parquet(path, label, kind: dict | None = None):
     def content(shade):
         out = io.BytesIO()
         picture(shade).save(out, "PNG")
-        return {"bytes": out.getvalue(), "path": None}
+        return {"bytes": out.getvalue()[: 20 if damaged else None], "path": None}
 
     feature = ClassLabel(names=kind["names"]) if kind else Value("string" if isinstance(label[0], str) else "int64")
     columns = {"image": [content(i) for i in range(len(label))], "label": label}
@@ -88,6 +98,12 @@ def test_a_folder_of_parquet_files_with_the_label_s_own_names(tmp_path):
     assert data.classes == ["cat", "fire truck"]
     assert [data[i]["answer"] for i in range(3)] == ["fire truck", "cat", "fire truck"]
     assert data[2]["image"].getpixel((0, 0)) == (2, 2, 2) and data[2]["image"].mode == "RGB"
+
+
+def test_an_image_of_a_parquet_file_that_cannot_be_decoded_is_named(tmp_path):
+    data = hub_images(parquet(tmp_path, ["a"], damaged=True), 4)
+    with pytest.raises(DataError, match=r"image '0' cannot be read .*; mend or remove it"):
+        data[0]
 
 
 def test_labels_without_names_are_named_by_their_values(tmp_path):

@@ -25,7 +25,7 @@ from ivtp.evaluation.task_metrics import measured
 from ivtp.experiment.config import FOLDER, load_config
 from ivtp.experiment.planning import build_data, plan_rows, shape_of
 from ivtp.experiment.runner import Evaluator
-from ivtp.lmms.dataset import LmmsTask
+from ivtp.lmms.dataset import LmmsTask, TaskSettings
 from ivtp.lmms.judges import JudgeError
 from ivtp.lmms.loading import load_task
 from ivtp.registry import UserError
@@ -55,10 +55,10 @@ def config_of(name: str, **changes):
     return config
 
 
-def task_of(name: str, **changes) -> LmmsTask:
-    asked = OmegaConf.to_container(config_of(name, **changes).data)
-    task, _ = asked.pop("task"), asked.pop("name")
-    return LmmsTask(task, 324, **asked)
+def task_of(name: str, chat: bool = False, **changes) -> LmmsTask:
+    settings = OmegaConf.to_container(config_of(name, **changes).data)
+    task, _ = settings.pop("task"), settings.pop("name")
+    return LmmsTask(task, 324, TaskSettings(**settings), chat=chat)
 
 
 def names(found: dict) -> dict:
@@ -208,7 +208,7 @@ def test_no_login_is_needed_for_what_a_task_loads_besides_its_documents(token, m
         monkeypatch.setenv("HF_TOKEN", token)
     copy = write("gqa", tmp_path)  # of its own: what is prepared already would not be loaded
     for name in ("gqa", "gqa-ru"):
-        task = LmmsTask(name, 324, path=str(copy))
+        task = LmmsTask(name, 324, TaskSettings(path=str(copy)))
         request_fields = [task[place]["images"] for place in range(ROWS)]
         assert [image.size for (image,) in request_fields] == [(144, 144)] * ROWS
     assert tokens == ([True] * 4 if token else [None] * 4)
@@ -294,6 +294,35 @@ def test_our_loop_and_the_command_of_lmms_eval_print_the_same(prepared_in, tmp_p
     assert ours["ivtp"] == pytest.approx(pruned, abs=5e-5)
 
 
+def test_two_processes_of_the_plugin_answer_as_one(prepared_in, tmp_path):
+    """torchrun and accelerate give each its share of the requests, and the last one again to those that have fewer."""
+    from ivtp.cli.lmms_eval import Ivtp
+
+    task = task_of("vqav2", prompt=CLEAR)
+    lm = Ivtp("tiny", pruner="ivtp", ratio="1/9", prompt="<image> {question}")
+    lm.task_dict["vqav2_val"] = task.task.dataset
+    for request in task.requests:
+        request.arguments = (request.args[0], {**request.args[1], "max_new_tokens": 2}, *request.args[2:])
+    alone = lm.generate_until(task.requests[:7])
+    (tmp_path / "vqav2.yaml").write_text(json.dumps(definition("vqav2", CLEAR)))
+    arguments = {
+        "model": "ivtp",
+        "model_args": "pretrained=tiny,pruner=ivtp,ratio=1/9,prompt=<image> {question}",
+        "tasks": "vqav2_val_here",
+        "limit": 7,
+        "gen_kwargs": "max_new_tokens=2",
+        "include_path": tmp_path,
+        "output_path": tmp_path,
+    }
+    given = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    done = command([*given, "--log_samples"], prepared_in, ranks=2)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.rglob("*_samples_*.jsonl")
+    logged = {line["doc_id"]: line["filtered_resps"] for line in map(json.loads, file.read_text().splitlines())}
+    assert [logged[number] for number in range(7)] == alone
+    assert len(set(alone)) > 1
+
+
 @pytest.mark.parametrize("prompt", ["<image> {question}", "chat"])
 def test_a_batch_of_requests_is_answered_as_each_alone(prompt, tiny, tmp_path):
     """lmms-eval's own models lose points in batches (its issue 635); and what it asks is what our loop asks."""
@@ -314,6 +343,60 @@ def test_a_batch_of_requests_is_answered_as_each_alone(prompt, tiny, tmp_path):
     with torch.inference_mode():
         ours, *_ = respond(*tiny, lm.pruner, batch, task.generation)
     assert ours == answers[1]
+
+
+def test_the_plugin_takes_what_a_run_takes(monkeypatch):
+    """Its arguments arrive as numbers, texts and truths; those of loading go to the loader, the others to the pruner."""
+    from ivtp.cli import lmms_eval
+
+    given, load = {}, lmms_eval.load_model
+    monkeypatch.setattr(
+        lmms_eval, "load_model", lambda source, **more: given.update(more) or load(source, device="cpu")
+    )
+    more = "pretrained=tiny,pruner=topk,ratio=1/9,device_map=auto,load_in_4bit=True,max_pixels=50176,dtype=float16"
+    lm = lmms_eval.Ivtp.create_from_arg_string(more, {"batch_size": 2, "device": "cpu"})
+    assert given == {
+        "device": "cpu",
+        "device_map": "auto",
+        "load_in_4bit": True,
+        "max_pixels": 50176,
+        "dtype": "float16",
+    }
+    assert lm.pruner.outline.vision.schedule[-1].keep == 36
+    for ratio in (2, 0, "a"):
+        with pytest.raises(UserError, match=f"ratio='?{ratio}'? "):
+            lmms_eval.Ivtp("tiny", pruner="topk", ratio=ratio)
+    with pytest.raises(UserError, match=r"keep=3 and ratio=0\.5 are both given; choose one"):
+        lmms_eval.Ivtp("tiny", pruner="topk", ratio=0.5, keep=3)
+
+
+def test_each_process_of_the_plugin_takes_a_gpu_of_its_own(monkeypatch):
+    from ivtp.cli.lmms_eval import device_of_rank
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [str(device_of_rank(name)) for name in (None, "cuda", "cuda:3", "cpu")] == [
+        "cuda:0",
+        "cuda:0",
+        "cuda:3",
+        "cpu",
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert [str(device_of_rank(name)) for name in (None, "cuda", "cpu")] == ["cuda:5", "cuda:5", "cpu"]
+    with pytest.raises(UserError, match="device=cuda:3 would hold all 8 processes; leave it out"):
+        device_of_rank("cuda:3")
+
+
+def test_a_request_that_cannot_be_shown_is_named():
+    from ivtp.cli.lmms_eval import Ivtp
+
+    task = task_of("pope")
+    lm = Ivtp("tiny", pruner="none", prompt="<image> {question}", batch_size=2)
+    lm.task_dict["pope"] = task.task.dataset
+    request = task.requests[1]
+    request.arguments = (*request.args[:2], lambda doc: ["a film"], *request.args[3:])
+    with pytest.raises(UserError, match=r"sample 'pope-000001' cannot be read: .*it shows a str"):
+        lm.generate_until(task.requests)
 
 
 def test_lmms_eval_s_command_is_told_in_words_what_cannot_be():

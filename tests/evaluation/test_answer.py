@@ -102,10 +102,14 @@ def test_coverage_counts_valid_kept_tokens_on_what_was_asked():
     kept = Kept(layer=1, after="attn", position=index, valid=torch.tensor([[True, True, True], [True, True, False]]))
     asked = torch.zeros(6, dtype=torch.bool)
     asked[[2, 5]] = True
-    assert kept_patches(kept, 0, asked) == {"kept": [0, 2, 5], "hit": True, "share": pytest.approx(2 / 3)}
-    assert kept_patches(kept, 1, asked) == {"kept": [1, 3], "hit": False, "share": 0.0}
-    assert kept_patches(kept, 1, torch.zeros(6, dtype=torch.bool)) == {"kept": [1, 3], "hit": None, "share": None}
-    assert kept_patches(None, 0, asked) == {"kept": None, "hit": None, "share": None}
+    assert kept_patches(kept, 0, asked) == {"kept": [0, 2, 5], "target_hit": True, "target_share": pytest.approx(2 / 3)}
+    assert kept_patches(kept, 1, asked) == {"kept": [1, 3], "target_hit": False, "target_share": 0.0}
+    assert kept_patches(kept, 1, torch.zeros(6, dtype=torch.bool)) == {
+        "kept": [1, 3],
+        "target_hit": None,
+        "target_share": None,
+    }
+    assert kept_patches(None, 0, asked) == {"kept": None, "target_hit": None, "target_share": None}
 
 
 def test_what_a_picture_lived_through_does_not_depend_on_its_neighbours_images(tiny):

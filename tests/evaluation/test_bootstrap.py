@@ -14,7 +14,7 @@ from ivtp.results import Result
 
 
 def outcome(i, correct, prediction="a", image=None, **more):
-    kept = {"early_correct": correct, "hit": None, "share": None}
+    kept = {"early_correct": correct, "target_hit": None, "target_share": None}
     return {"id": str(i), "image": image or str(i), "correct": correct, "prediction": prediction, **kept, **more}
 
 

@@ -35,8 +35,10 @@ def test_outcomes_have_the_fields_of_answers_and_the_metrics_are_theirs(folder):
         assert all(o["top5"] or not o["correct"] for o in found)
         assert record["prompt"].startswith("{} | a {}") and record["model"]["library"] == "transformers"
     pruned = outcomes(folder, by_label(folder)["rollout"])
-    assert all(len(o["kept"]) == 36 and o["hit"] is not None for o in pruned)
-    assert sum(o["share"] for o in pruned) / 20 > 0.12, "a trained tower attends to the drawing, 6 % of the image"
+    assert all(len(o["kept"]) == 36 and o["target_hit"] is not None for o in pruned)
+    assert sum(o["target_share"] for o in pruned) / 20 > 0.12, (
+        "a trained tower attends to the drawing, 6 % of the image"
+    )
 
 
 def test_the_table_and_the_page_show_them(folder):

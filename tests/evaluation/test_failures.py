@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 from collections.abc import Callable
 
 import pytest
 import torch
 from helpers.running import lines, one_line, outcomes, run
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ivtp import load_model, shape_of
 from ivtp.backbones.loading.encoders import Encoder
-from ivtp.data.datamodule import Collate, QuestionData, SafeCollate
+from ivtp.data.batches import SafeCollate
+from ivtp.data.datamodule import Collate, QuestionData
 from ivtp.data.failures import Failed, answered, failure, failures, own, read
 from ivtp.data.questions import DataError
 from ivtp.data.scenes2 import Scenes2
 from ivtp.evaluation.answering import JUDGE_FAILURES, Answer, FiniteLogits
-from ivtp.evaluation.isolated import check_device
+from ivtp.evaluation.isolated import check_device, check_workers
 from ivtp.evaluation.statistics import compare, over_seeds, spread
 from ivtp.evaluation.task_metrics import measured
 from ivtp.lmms.judges import JudgeError
 from ivtp.pruners.planner import Planner
 from ivtp.registry import UserError
+from ivtp.signals import STOPPING
 
 EMOJI = ("model=tiny_clip", "data=emoji", "data.size=4", "data.background=photo", "pruner=layerwise", "viewer=1")
 STYLES = ("noto-v1", "fluent-flat", "fluent-3d", "emojione", "twemoji")  # the default of data=emoji
@@ -111,6 +113,15 @@ def test_an_error_after_which_a_gpu_is_lost_ends_the_run_in_one_line():
         ValueError(),
     ):
         check_device(error)
+
+
+def test_a_worker_that_ends_while_the_model_works_is_no_fault_of_the_batch_in_flight():
+    """torch raises it wherever the main process is."""
+    with pytest.raises(
+        UserError, match=r"^DataLoader worker \(pid 7\) is killed by signal: Killed; the same command goes"
+    ):
+        check_workers(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
+    check_workers(RuntimeError("CUDA out of memory"))
 
 
 # Reading and preparing ----------------------------------------------------------------------------------------------
@@ -315,6 +326,19 @@ def images_of(*places: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda pixels: (pixels[:, None] - known).abs().amax((2, 3, 4)).lt(1e-6).any(1)
 
 
+def signalling(place: int, *signals: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """No image of a batch is bad, but signals arrive while this one is evaluated."""
+    here = images_of(place)
+
+    def pixels(given: torch.Tensor) -> torch.Tensor:
+        if here(given).any():
+            for number in signals:
+                os.kill(os.getpid(), number)
+        return torch.zeros(len(given), dtype=torch.bool)
+
+    return pixels
+
+
 def record_of(output) -> dict:
     return lines(output / "run" / "results.jsonl")[-1]
 
@@ -390,19 +414,31 @@ def test_a_bug_ends_the_run_as_it_always_did(tmp_path, monkeypatch):
         run(*EMOJI, output=tmp_path)
 
 
-@pytest.mark.parametrize(("signalled", "status"), [(KeyboardInterrupt, 130), (SIGTERMException, 143)])
-def test_a_signal_ends_it_in_one_line_and_the_next_start_goes_on(
-    healthy, tmp_path, monkeypatch, capsys, signalled, status
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda sent: sent.name)
+def test_a_signal_ends_it_after_the_batch_in_one_line_and_the_next_start_goes_on(
+    healthy, tmp_path, monkeypatch, capsys, sent
 ):
-    """Ctrl-C, and SIGTERM as Lightning's loops pass it on: schedulers go by the status."""
+    """Ctrl-C, schedulers, and a terminal that is closed; schedulers go by the status."""
+    before = [signal.getsignal(number) for number in STOPPING]
     with monkeypatch.context() as stopped:
-        breaking(stopped, images_of(15), signalled)
-        assert run(*EMOJI, "trainer.batch_size=6", output=tmp_path) == status
+        breaking(stopped, signalling(8, sent), None)
+        assert run(*EMOJI, "trainer.batch_size=6", output=tmp_path) == 128 + sent
     assert capsys.readouterr().err == "ivtp: stopped; the same command goes on from here\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [signal.getsignal(number) for number in STOPPING] == before
     given = breaking(monkeypatch, lambda pixels: torch.zeros(len(pixels), dtype=torch.bool), None)
     assert run(*EMOJI, "trainer.batch_size=6", output=tmp_path) == 0
-    assert given[:2] == [6, 2], "twelve were done"
+    assert given[:3] == [6, 2, 6], "twelve were done, the batch in flight too"
+    assert record_of(tmp_path)["metrics"] == lines(healthy / "results.jsonl")[-1]["metrics"]
+
+
+def test_a_second_signal_does_not_wait_for_the_batch(healthy, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as stopped:
+        breaking(stopped, signalling(8, signal.SIGTERM, signal.SIGINT), None)
+        assert run(*EMOJI, "trainer.batch_size=6", output=tmp_path) == 128 + signal.SIGINT
+    given = breaking(monkeypatch, lambda pixels: torch.zeros(len(pixels), dtype=torch.bool), None)
+    assert run(*EMOJI, "trainer.batch_size=6", output=tmp_path) == 0
+    assert given[:4] == [6, 6, 2, 6], "six were done"
+    assert capsys.readouterr().err == "ivtp: stopped; the same command goes on from here\n"
     assert record_of(tmp_path)["metrics"] == lines(healthy / "results.jsonl")[-1]["metrics"]
 
 
@@ -434,7 +470,7 @@ def test_a_measured_row_counts_on_a_sample_that_works(tmp_path, monkeypatch):
 
 def outcome(name: str, correct: bool, **more) -> dict:
     return {"id": name, "image": name, "family": "all", "prediction": str(correct), "correct": correct} | {
-        **dict.fromkeys(("early_correct", "hit", "share")),
+        **dict.fromkeys(("early_correct", "target_hit", "target_share")),
         **more,
     }
 

@@ -94,13 +94,13 @@ def test_mcnemar_by_hand(gained, lost, p):
 
 def outcome(name, image, correct, **more):
     given = {"id": name, "image": image, "family": "exist", "answer": "yes", "prediction": "yes" if correct else "no"}
-    return {**given, "correct": correct, "early_correct": correct, "hit": None, "share": None, **more}
+    return {**given, "correct": correct, "early_correct": correct, "target_hit": None, "target_share": None, **more}
 
 
 def test_the_summary_has_every_family_and_leaves_out_what_nobody_asked():
     rows = [
-        outcome("1", "a", True, hit=True, share=0.5),
-        outcome("2", "a", False, hit=False, share=0.0),
+        outcome("1", "a", True, target_hit=True, target_share=0.5),
+        outcome("2", "a", False, target_hit=False, target_share=0.0),
         outcome("3", "b", True, family="count", early_correct=False),
     ]
     found = summary(rows)

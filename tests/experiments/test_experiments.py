@@ -11,9 +11,10 @@ import pytest
 from helpers.running import lines, outcomes, run
 
 from ivtp.cost import main
-from ivtp.experiment.config import ConfigError, load_config, variants
+from ivtp.experiment.config import ConfigError, load_config
 from ivtp.experiment.costs import closed_form
 from ivtp.experiment.run import check_claims
+from ivtp.experiment.variants import variants
 from ivtp.registry import UnknownName
 from ivtp.report import paper
 from ivtp.report.costs import tables

@@ -6,8 +6,9 @@ from functools import cache
 
 import pytest
 
-from ivtp.experiment.config import load_config, variants
+from ivtp.experiment.config import load_config
 from ivtp.experiment.planning import build_shape, plan_rows
+from ivtp.experiment.variants import variants
 from ivtp.pruners import load_pruner, shipped_pruners
 
 PROMPT, INSTRUCTION = 9, 9

@@ -128,11 +128,12 @@ def installed() -> str:
     return str(place)
 
 
-def command(arguments: list[str], cache: str) -> subprocess.CompletedProcess:
-    """`lmms-eval` with arguments, where this checkout is installed."""
+def command(arguments: list[str], cache: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    """`lmms-eval` with arguments, where this checkout is installed; with several ranks, by torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     path = os.pathsep.join([str(ROOT), installed(), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = environment(PYTHONPATH=path, HF_DATASETS_CACHE=cache, LMMS_EVAL_DATASETS_CACHE=cache, LMMS_EVAL_HOME=cache)
     return subprocess.run(
-        [sys.executable, "-m", "lmms_eval", *arguments], cwd=cache, env=env, capture_output=True, text=True,
+        [sys.executable, *torchrun, "-m", "lmms_eval", *arguments], cwd=cache, env=env, capture_output=True, text=True,
         stdin=subprocess.DEVNULL, check=False, timeout=300,
     )  # fmt: skip

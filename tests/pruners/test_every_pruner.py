@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from conftest import IMAGE, PATCHES, TEXTS, VISION, close, images, inputs, llava, plan_of, vision_model
+from conftest import (
+    IMAGE,
+    PATCHES,
+    TEXTS,
+    VISION,
+    close,
+    images,
+    inputs,
+    llava,
+    plan_of,
+    skip_unless_it_drops,
+    vision_model,
+)
 from helpers.reference import llava_logits
 from helpers.towers import answers, left, masked, pooled, prefix
 
 import ivtp
-from ivtp.core.plan import Stage
-from ivtp.core.reduces import Drop
 
 PRUNERS = ivtp.list_pruners()
 TOKENS = 4
@@ -17,11 +27,9 @@ BLIND = {"grid_stride"}
 
 
 def drops(name: str, model, **settings):
-    """The plan of a pruner that only drops; skips for those that blend tokens, for which no mask is equivalent."""
+    """The plan of a pruner that only drops; skips for all others."""
     plan = plan_of(name, model, **settings)
-    for pruner in (plan.vision, plan.language):
-        if pruner is not None and not (isinstance(pruner, Stage) and pruner.reduce == Drop()):
-            pytest.skip(f"{name} blends what it removes into what it keeps; hiding by a mask is not the same")
+    skip_unless_it_drops(name, plan)
     if plan.vision is None and plan.language is None:
         pytest.skip(f"{name} prunes nothing; keep-everything covers it")
     return plan

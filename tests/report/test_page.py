@@ -197,7 +197,7 @@ def test_selects_change_the_answers_of_both_sides(folder, visit):
         found = outcomes(folder, rows[label])
         for outcome in (found[0], found[7]):
             choose_sample(page, outcome)
-            text = page.locator(f"#said-{side}").inner_text()
+            text = page.locator(f"#answer-{side}").inner_text()
             assert f"“{outcome['prediction']}”" in text
             assert ("✓ right" if outcome["correct"] else "✗ wrong") in text
             assert outcome["early"] in text.splitlines()[1]
@@ -235,7 +235,7 @@ def test_flipped_answers_are_one_click_away(folder, visit):
     entries.nth(len(flipped) - 1).click()
     question = entries.nth(len(flipped) - 1).locator("bdi").first.inner_text()
     assert question in page.locator("#current").inner_text()
-    assert page.locator("#said-a").inner_text().split("”")[0] != page.locator("#said-b").inner_text().split("”")[0]
+    assert page.locator("#answer-a").inner_text().split("”")[0] != page.locator("#answer-b").inner_text().split("”")[0]
     # 16 of the 20 questions are about the two images that are stored: the others say how to get theirs.
     page.select_option("#filter", "all")
     page.locator("#list button").last.click()

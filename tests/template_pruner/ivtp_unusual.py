@@ -8,8 +8,8 @@ class Unusual:
 
     needs = "last"  # it reads the last layer's attention record
 
-    def __call__(self, seen, tokens):
-        keys = tokens.of_visual(seen[-1].keys())
+    def __call__(self, attentions, tokens):
+        keys = tokens.of_visual(attentions[-1].keys())
         return (keys - keys.mean(1, keepdim=True)).norm(dim=-1)
 
 

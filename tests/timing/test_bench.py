@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import close
+from PIL import Image
 
 import ivtp
 from ivtp.bench import main
@@ -16,13 +17,15 @@ from ivtp.core.flops import cost
 from ivtp.evaluation.profiling import flop_counter, peak_bytes
 from ivtp.experiment.config import load_config
 from ivtp.experiment.planning import build_shape
+from ivtp.registry import UserError
 from ivtp.timing.decoding import TokenTimes
 from ivtp.timing.measure import Run, interleave, ratio, summary
-from ivtp.timing.models import BOS, IMAGE, SMALL, SMALL_CROPS, build, prompts
+from ivtp.timing.models import BOS, IMAGE, LLAVA_7B, LLAVA_NEXT_7B, SMALL, SMALL_CROPS, build, prompts
 from ivtp.timing.peers import eager_maps, missing_kvpress, rollout_over_dense, scores_from_maps, snapkv
+from ivtp.timing.pipeline import Load, processor_of, write_photographs
 from ivtp.timing.prefill import Case, cache_bytes, entered, executed, kv_bytes, measure, rest
-from ivtp.timing.report import BOUNDS
-from ivtp.timing.suites import SUITES, with_model
+from ivtp.timing.report import BOUNDS, tables
+from ivtp.timing.suites import SUITES, run_pipeline, with_model
 from ivtp.timing.throughput import ORDERS, in_batches
 
 
@@ -70,6 +73,7 @@ def test_the_bench_prints_one_object_with_the_ratios_it_is_asked_for(capfd):
     # The ratios of the suite are those of its last case.
     assert record["scoring_overhead"] == record["cases"][-1]["scoring_overhead"]["median"]
     known = set(record) | {f"rollout_over_dense.{name}" for name in record["rollout_over_dense"]} | {"main_job_seconds"}
+    known.add("pipeline.clip.over_model.2.median")  # of suite=pipeline
     assert {key for key, *_ in BOUNDS} <= known
 
 
@@ -268,6 +272,29 @@ def test_kvpress_leaves_a_cache_as_large_as_ours(case):
         found = kv_bytes(call())
     ours = cache_bytes(case, "ivtp")["closed"]
     assert abs(found - ours) < 0.05 * ours
+
+
+def test_the_pipeline_is_timed_on_the_loop_of_a_run():
+    """Every photograph is decoded, prepared and answered once in each loop, and the step waits as long as it says."""
+    load = Load(images=5, batch=2, wait=0.01, workers=(0, 2))
+    record = run_pipeline(1, None, lambda line: None, load)
+    for part in record["pipeline"].values():
+        assert set(part["images_per_second"]) == {"model", "0", "2"}
+        assert part["images_per_second"]["model"] <= 100
+        assert all(0 < over["median"] < 1.1 for over in part["over_model"].values())
+    assert {row[0] for row in tables(record)[1].lines} == {"clip", "llava_next"}
+    with pytest.raises(UserError, match="model=llava_next_7b: suite=pipeline times the processors"):
+        run_pipeline(1, "llava_next_7b", lambda line: None)
+
+
+def test_processors_are_those_of_the_models(tmp_path):
+    write_photographs(tmp_path, 1)
+    photo = Image.open(tmp_path / "0.jpg")
+    assert photo.size == (640, 480) and 50_000 < (tmp_path / "0.jpg").stat().st_size < 250_000
+    for size, shape in ((LLAVA_7B, (1, 3, 336, 336)), (LLAVA_NEXT_7B, (1, 5, 3, 336, 336))):
+        inputs = processor_of(size)(images=photo, text="<image> 20", return_tensors="pt")
+        assert inputs["pixel_values"].shape == shape
+        assert 570 < (inputs["input_ids"] == IMAGE).sum() < 2900
 
 
 @pytest.mark.parametrize(("name", "keep"), [("llava_1_5_13b", 64), ("llava_next_7b", 320)])

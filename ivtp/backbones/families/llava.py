@@ -22,6 +22,8 @@ from ivtp.core.flops import Shape
 from ivtp.core.tokens import Tokens
 
 TOWERS = {"clip_vision_model": ClipVit, "siglip_vision_model": ClipVit, "dinov2": Dinov2Vit}
+MOST = 1024
+"""Layouts that are kept; a few hundred kilobytes each."""
 USUAL = (672, 672)
 """Height and width, in pixels, of the image in crops whose cost is given where none is named: 2 × 2 crops and the whole."""
 
@@ -87,6 +89,9 @@ class CropsAdapter(LlavaAdapter):
         pixels = inputs.get("pixel_values")
         if pixels is None:
             return []
+        if len(self.layouts) > MOST:
+            self.layouts.clear()
+            self.kinds.clear()
         images, before = [], 0
         for number, size in enumerate(inputs["image_sizes"].tolist()):
             kind = self._kind(tuple(size), self._in_crops(number, inputs))
@@ -123,9 +128,10 @@ class CropsAdapter(LlavaAdapter):
         shape = replace(self.of_crop, crops=crops, by_image=True, separators=len(slots) - features)
         if bool((packed == packed.round()).all()):
             return Layout(shape, slots)
-        blended = replace(shape, crops=1, patches=features, columns=features)
         blend = partial(self._pack, size=size, newline=None)
-        return Layout(blended, slots, blend=blend, blended_crops=crops, max_crops=advised_crops(self.config))
+        return Layout(
+            shape.in_one_crop(features), slots, blend=blend, blended_crops=crops, max_crops=advised_crops(self.config)
+        )
 
     def _pack(self, features: Tensor, size: tuple[int, int], newline: Tensor | None) -> Tensor:
         """Features "c v d" of the crops as the model puts them into the prompt "s d"."""

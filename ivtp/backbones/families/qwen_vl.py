@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from ivtp.core.tokens import Tokens
 Grid = tuple[int, int, int]
 """Frames, rows and columns of patches."""
 
+MOST = 1 << 19
+"""Patches in all layouts that are kept: their rotary embeddings take 640 bytes each."""
 USUAL = (896, 896)
 """Height and width, in pixels, of the image whose cost is given where none is named."""
 
@@ -176,6 +179,8 @@ class QwenVLAdapter(VLMAdapter):
         pixels, grids = inputs.get("pixel_values"), inputs.get("image_grid_thw")
         if pixels is None or grids is None:
             return []
+        if sum(rows * columns for _, rows, columns in self.kinds) > MOST:
+            self.kinds.clear()
         rows = pixels.split(grids.prod(1).tolist())
         return [ImageInput(tuple(grid), patches[None]) for grid, patches in zip(grids.tolist(), rows, strict=True)]
 
@@ -190,7 +195,7 @@ class QwenVLAdapter(VLMAdapter):
         return self._of(kind)[0]
 
     def stack(self, kind: Grid) -> QwenVit:
-        return self._of(kind)[1]
+        return copy(self._of(kind)[1])  # what it remembers of a batch ends with the batch
 
     def projector_input(self, tokens: Tokens) -> Tensor:
         return tokens.x

@@ -15,7 +15,17 @@ from torch.nn.functional import normalize, one_hot
 
 from ivtp.backbones.family import ModelError, shape_of
 from ivtp.backbones.loading.checks import check_device, check_finite, check_weight_files, read_config
-from ivtp.backbones.loading.hub import EMBEDDED, SMALL, WEIGHTS, Checkpoint, fetch, local, one_line, with_files
+from ivtp.backbones.loading.hub import (
+    EMBEDDED,
+    SMALL,
+    WEIGHTS,
+    Checkpoint,
+    fetch,
+    local,
+    one_line,
+    straight_to,
+    with_files,
+)
 from ivtp.backbones.text.loading import (
     CONFIG,
     OPEN_CLIP,
@@ -52,19 +62,19 @@ class Transform:
 class Encoder:
     """A frozen model, its transform, and its way to classify images.
 
-    see     pixels "b 3 h w" → logits of the model's own classifier "b c", or features in the space of its texts "b d"
-    read    texts → features "t d"; None: the model reads none
-    feel    pixels → features that are compared with those of other images; default: `see`
-    labels  classes of the classifier; 0: it has none
-    whole   the transform keeps the whole of a square image
-    checkpoint  source of the weights; None: they are random
+    outputs         pixels "b 3 h w" → logits of the model's own classifier "b c", or features in its texts' space "b d"
+    text_features   texts → features "t d"; None: the model has no text half
+    image_features  pixels → features to compare with those of other images; default: `outputs`
+    labels          classes of the classifier; 0: it has none
+    whole           the transform keeps the whole of a square image
+    checkpoint      source of the weights; None: they are random
     """
 
     model: Any
     image_processor: Any
-    see: Callable[[Tensor], Tensor]
-    read: Callable[[list[str]], Tensor] | None = None
-    feel: Callable[[Tensor], Tensor] | None = None
+    outputs: Callable[[Tensor], Tensor]
+    text_features: Callable[[list[str]], Tensor] | None = None
+    image_features: Callable[[Tensor], Tensor] | None = None
     labels: int = 0
     whole: bool = True
     checkpoint: Checkpoint | None = None
@@ -83,7 +93,7 @@ class Encoder:
                 f"the data has {classes} classes, but {has}; give the data set that it was trained for, a model that reads "
                 "class names (model=clip_vit_b16), or model.neighbours=20"
             )
-        self._classify = lambda pixels: self.see(pixels).float()
+        self._classify = lambda pixels: self.outputs(pixels).float()
 
     @torch.inference_mode()
     def by_names(self, classes: Sequence[str], templates: Sequence[str] = TEMPLATES) -> None:
@@ -91,11 +101,11 @@ class Encoder:
 
         A class is the mean of its name in all templates, of unit length (arXiv 2103.00020).
         """
-        assert self.read is not None
+        assert self.text_features is not None
         texts = [template.format(name) for name in classes for template in templates]
-        features = normalize(self.read(texts).float(), dim=-1).view(len(classes), len(templates), -1)
+        features = normalize(self.text_features(texts).float(), dim=-1).view(len(classes), len(templates), -1)
         names = normalize(features.mean(1), dim=-1)
-        self._classify = lambda pixels: normalize(self.see(pixels).float(), dim=-1) @ names.T
+        self._classify = lambda pixels: normalize(self.outputs(pixels).float(), dim=-1) @ names.T
 
     def by_neighbours(self, neighbours: int, gallery: Tensor, labels: Tensor, classes: int) -> None:
         """Classify by the nearest images of a gallery, which vote by exp(cosine / 0.07) (arXiv 2104.14294).
@@ -120,7 +130,7 @@ class Encoder:
     def features(self, pixels: Tensor) -> Tensor:
         """Features of each image for comparison with other images "b d"."""
         pixels = pixels.to(next(self.model.parameters()).dtype)
-        return (self.feel or self.see)(pixels).float()
+        return (self.image_features or self.outputs)(pixels).float()
 
 
 def load_encoder(
@@ -144,7 +154,8 @@ def load_encoder(
     if library not in LIBRARIES:
         raise ModelError(unknown("model.library", str(library), LIBRARIES))
     check_device(device)
-    encoder = LIBRARIES[library](source, pretrained, revision, attn_implementation)
+    settings = straight_to(device) | ({"attn_implementation": attn_implementation} if attn_implementation else {})
+    encoder = LIBRARIES[library](source, pretrained, revision, settings)
     weights = None if dtype == "auto" else getattr(torch, dtype)
     encoder.model.eval().requires_grad_(False).to(device=device, dtype=weights)
     check_finite(source, encoder.model)
@@ -157,7 +168,7 @@ def encoder_shape(library: str, source: str, revision: str | None = None) -> Sha
     if library == "transformers":
         return shape_of(_transformers_config(source, revision)[1])
     with torch.device("meta"):
-        model = LIBRARIES[library](source, False, revision, None).model
+        model = LIBRARIES[library](source, False, revision, {}).model
     return shape_of(model)
 
 
@@ -178,10 +189,18 @@ def _timm(source: str, pretrained: bool, revision: str | None, _: object) -> Enc
     transform = Transform(create_transform(**settings), settings["mean"], settings["std"])
     whole = settings["crop_pct"] == 1 or settings["crop_mode"] == "squash"
 
-    def feel(pixels: Tensor) -> Tensor:
+    def image_features(pixels: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(pixels), pre_logits=True)
 
-    return Encoder(model, transform, model, feel=feel, labels=model.num_classes, whole=whole, checkpoint=checkpoint)
+    return Encoder(
+        model,
+        transform,
+        outputs=model,
+        image_features=image_features,
+        labels=model.num_classes,
+        whole=whole,
+        checkpoint=checkpoint,
+    )
 
 
 def _open_clip(source: str, pretrained: bool, revision: str | None, _: object) -> Encoder:
@@ -212,14 +231,14 @@ def _open_clip(source: str, pretrained: bool, revision: str | None, _: object) -
     settings = model.visual.preprocess_cfg
     one = image_transform_v2(PreprocessCfg(**settings), is_train=False)
 
-    def read(texts: list[str]) -> Tensor:
+    def text_features(texts: list[str]) -> Tensor:
         return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
 
     transform = Transform(one, settings["mean"], settings["std"])
-    return Encoder(model, transform, model.encode_image, read, checkpoint=checkpoint)
+    return Encoder(model, transform, model.encode_image, text_features, checkpoint=checkpoint)
 
 
-def _transformers(source: str, pretrained: bool, revision: str | None, attn_implementation: str | None) -> Encoder:
+def _transformers(source: str, pretrained: bool, revision: str | None, settings: dict) -> Encoder:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     if source in EMBEDDED_ENCODERS:
@@ -233,7 +252,6 @@ def _transformers(source: str, pretrained: bool, revision: str | None, attn_impl
     checkpoint, config = _transformers_config(source, revision)
     checkpoint = with_files(checkpoint, [*SMALL, *WEIGHTS])
     check_weight_files(checkpoint, WEIGHTS, library="model.library=open_clip model.source=")
-    settings: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with one_line(source):
         model: Any = AutoModel.from_pretrained(checkpoint.folder, use_safetensors=True, **settings)
         images = AutoImageProcessor.from_pretrained(checkpoint.folder)
@@ -278,16 +296,16 @@ def _dual(model: Any, image_processor: Any, tokenizer: Any, checkpoint: Checkpoi
     is_clip = model.config.model_type == "clip"
     names = ("input_ids", "attention_mask") if is_clip else ("input_ids",)
 
-    def read(texts: list[str]) -> Tensor:
+    def text_features(texts: list[str]) -> Tensor:
         length, padding = model.config.text_config.max_position_embeddings, True if is_clip else "max_length"
         ids = tokenizer(texts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
         inputs = {name: ids[name].to(model.device) for name in names if name in ids}
         return model.get_text_features(**inputs).pooler_output
 
-    def see(pixels: Tensor) -> Tensor:
+    def outputs(pixels: Tensor) -> Tensor:
         return model.get_image_features(pixels).pooler_output
 
-    return Encoder(model, image_processor, see, read, whole=_whole(image_processor), checkpoint=checkpoint)
+    return Encoder(model, image_processor, outputs, text_features, whole=_whole(image_processor), checkpoint=checkpoint)
 
 
 def _embedded(folder: Path) -> nn.Module:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ivtp.backbones.family import ModelError
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -134,6 +136,11 @@ def _snapshot(arguments: dict) -> str:
             f"fetching {arguments['repo_id']} from {constants.ENDPOINT}: {files}, {size}", file=sys.stderr, flush=True
         )
     return snapshot_download(**arguments, tqdm_class=None if missing and sys.stderr.isatty() else Silent)
+
+
+def straight_to(device: str | torch.device) -> dict[str, Any]:
+    """Extra `from_pretrained` arguments with which weights are read to their device, not by way of the main memory."""
+    return {} if torch.device(device).type in ("cpu", "meta") else {"device_map": {"": torch.device(device)}}
 
 
 def readable(size: float) -> str:

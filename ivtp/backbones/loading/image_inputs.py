@@ -86,6 +86,25 @@ def configure(
     return limit
 
 
+def limit_pixels(config: Any, image_processor: Any, pixels: int) -> None:
+    """Let a processor that reads images at their own size make larger ones than `pixels` smaller, in place.
+
+    Raises ModelError for a processor that does not, or a limit below one visual token.
+    """
+    size = dict(getattr(image_processor, "size", None) or {})
+    if not hasattr(image_processor, "merge_size") or "longest_edge" not in size:
+        raise ModelError(
+            f"max_pixels={pixels} is for models that read images at their own size (Qwen2.5-VL, Qwen3-VL), which a "
+            f"{config.model_type!r} model does not; leave max_pixels out (null)"
+        )
+    least = (image_processor.patch_size * image_processor.merge_size) ** 2
+    if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < least:
+        raise ModelError(
+            f"max_pixels={pixels!r} must be a whole number of at least {least}, the pixels of a visual token"
+        )
+    image_processor.size = {"shortest_edge": min(size["shortest_edge"], pixels), "longest_edge": pixels}
+
+
 def visible_box(image_processor: Any, size: tuple[int, int]) -> Box:
     """Part of an image that a model with one crop per image reads: left, top, right, bottom in pixels of the image.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ivtp.backbones.family import ModelError, layers_of
 from ivtp.backbones.loading.checks import check_weight_files, weight_files
-from ivtp.backbones.loading.hub import SMALL, WEIGHTS, Checkpoint, fetch, one_line, with_files
+from ivtp.backbones.loading.hub import SMALL, WEIGHTS, Checkpoint, fetch, one_line, straight_to, with_files
 from ivtp.backbones.text.encoders import OpenClipText, TextEncoder, TransformersText
 from ivtp.core.flops import Layers
 from ivtp.registry import unknown
@@ -170,13 +170,15 @@ def _json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def read_tensors(files: list[Path], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Read the wanted tensors of some safetensors files, and no others."""
+def read_tensors(
+    files: list[Path], wanted: Callable[[str], bool], device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """Read the wanted tensors of some safetensors files, and no others, straight to a device."""
     from safetensors import safe_open
 
     tensors = {}
     for path in files:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt", str(device)) as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
     return tensors
 
@@ -194,12 +196,11 @@ def _transformers(source: TextSource, device: str | torch.device) -> Transformer
 
     folder, key = source.checkpoint.folder, "visual_projection.weight"
     with quiet():
-        model: Any = CLIPTextModelWithProjection.from_pretrained(folder, use_safetensors=True).eval()
-    projection = read_tensors(weight_files(folder, source.weights), lambda name: name == key)
+        model: Any = CLIPTextModelWithProjection.from_pretrained(folder, use_safetensors=True, **straight_to(device))
+    projection = read_tensors(weight_files(folder, source.weights), lambda name: name == key, device)
     if not projection:
         raise ModelError(f"{source.checkpoint.source} has no {key}; give the whole CLIP, not its text half alone")
-    model, tokenizer = model.requires_grad_(False).to(device), AutoTokenizer.from_pretrained(folder)
-    return TransformersText(model, tokenizer, projection[key].to(device))
+    return TransformersText(model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder), projection[key])
 
 
 @contextmanager
@@ -225,6 +226,7 @@ def _open_clip(source: TextSource, device: str | torch.device) -> OpenClipText:
     state = read_tensors(
         weight_files(source.checkpoint.folder, source.weights),
         lambda name: not name.startswith("visual.") or name == VISUAL,
+        device,
     )
     projection = state.pop(VISUAL, None)
     if projection is None:
@@ -239,4 +241,4 @@ def _open_clip(source: TextSource, device: str | torch.device) -> OpenClipText:
     text.load_state_dict({key: state[key] for key in parameters}, assign=True)
     text.attn_mask = text.build_causal_mask()  # a buffer that checkpoints do not hold
     tokenizer = open_clip.SimpleTokenizer(context_length=text.context_length)
-    return OpenClipText(text.eval().requires_grad_(False).to(device), tokenizer, projection.float().to(device))
+    return OpenClipText(text.eval().requires_grad_(False).to(device), tokenizer, projection.float())

@@ -72,6 +72,8 @@ class PrunedModel:
             guide = guide_for(model, self.plan.reads_text)
             instruction = options.instruction
             guide.instructions = [instruction] if isinstance(instruction, str) else instruction
+            if options.text_encoder is not None:
+                guide.encoder = options.text_encoder
         self.guidance = Guidance(adapter, self.core.get_input_embeddings(), guide, options)
         self.prefill: Callable[..., Prefilled] = prefill
 

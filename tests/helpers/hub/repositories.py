@@ -171,8 +171,8 @@ YES, NO = ("Yes", "▁Yes"), ("No", "▁No")
 # Weights -----------------------------------------------------------------------------------------------------------
 
 
-def weights(files: Files, seed: int, names: Sequence[tuple[str, str]] = (), shards: int = 3) -> Files:
-    """Random weights for the config of a repository, in shards with an index.
+def weights(files: Files, seed: int, names: Sequence[tuple[str, str]] = ()) -> Files:
+    """Random weights for the config of a repository, in three shards with an index.
 
     names  (pattern, replacement): from the names in today's transformers to those of the real checkpoint
     """
@@ -189,7 +189,7 @@ def weights(files: Files, seed: int, names: Sequence[tuple[str, str]] = (), shar
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     for pattern, replacement in names:
         tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
-    order, made, place = sorted(tensors), {}, {}
+    order, made, place, shards = sorted(tensors), {}, {}, 3
     for number in range(shards):
         name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         part = order[number * len(order) // shards : (number + 1) * len(order) // shards]
