@@ -241,7 +241,7 @@ def test_a_plugin_that_is_none_is_refused_in_one_line(tmp_path, refused, text, s
 def test_a_dry_run_says_cuts_cost_samples_and_time_and_writes_nothing(tmp_path, capsys, monkeypatch):
     from ivtp import results as store
 
-    monkeypatch.setattr("ivtp.api.load_model", None)  # no weights
+    monkeypatch.setattr("ivtp.experiment.planning.load_model", None)  # no weights
     arguments = ["pruner=ivtp", "data.limit=7", "dry_run=true"]
     assert run(*arguments, output=tmp_path / "out") == 0
     shown = capsys.readouterr().out

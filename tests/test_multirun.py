@@ -154,7 +154,9 @@ def test_a_report_that_cannot_be_is_refused(runs, more, said, capfd):
     ],
 )
 def test_jobs_in_other_processes_end_in_the_same_report(plugin, launcher, pruners, tmp_path, swept):
-    pytest.importorskip(f"hydra_plugins.{plugin}")
+    pytest.importorskip(
+        f"hydra_plugins.{plugin}", reason="launchers and sweepers are the extra sweep, a part of the dev extra"
+    )
     assert run("-m", *TWO[1:], f"pruner={pruners}", *launcher, f"output={tmp_path}", quick=False) == 0
     ours, theirs = by_label(tmp_path / "run" / "merged"), by_label(swept / "merged")
     assert set(ours) == {"unpruned", *pruners.split(",")}
@@ -196,7 +198,10 @@ def test_a_report_over_runs_is_made_of_whole_outcomes_alone(runs, tmp_path, capf
 
 def test_optuna_looks_for_the_best_accuracy_at_a_cost(tmp_path):
     """At equal FLOPs, which the budget holds; the return value of a job is the accuracy of its last row."""
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pytest.importorskip(
+        "hydra_plugins.hydra_optuna_sweeper",
+        reason="launchers and sweepers are the extra sweep, a part of the dev extra",
+    )
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=maximize"]
     search += ["hydra.sweeper.sampler.seed=1", "budget.tflops=0.003", "pruner=topk,random", "pruner.group=choice(2,3)"]
     assert run("-m", *search, "data.limit=4", "logger=none", f"output={tmp_path}", quick=False) == 0

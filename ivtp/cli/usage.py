@@ -1,13 +1,12 @@
 """Text of `python -m ivtp.run --help`: options of the groups, and all keys with their texts."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
-
-from omegaconf import MISSING
 
 from ivtp.experiment import catalogue, schema
 from ivtp.experiment.config import GROUPS, options
+from ivtp.experiment.schema import as_written
 from ivtp.text import first_sentence
 
 
@@ -20,7 +19,7 @@ def listing(folders: Sequence[Path]) -> str:
     settings = [option for option in catalogue.pruners().values() if option.settings]
     lines += ["Settings of the pruners, beside budget (pruner.tau=0.3):"]
     for option in settings:
-        values = [f"{name}={written(value)}" for name, value in option.defaults.items()]
+        values = [f"{name}={as_written(value)}" for name, value in option.defaults.items()]
         values += [name for name in option.required if name != "keep"]
         lines += [f"  {option.name:20} {', '.join(values)}"] if values else []
     lines += ["", "Keys:", *keys(schema.keys_of(schema.Run))]
@@ -33,27 +32,18 @@ def listing(folders: Sequence[Path]) -> str:
 
 def keys(some: Iterable[schema.Key]) -> list[str]:
     """Line for each key: its default, its text, and what it may be."""
-    return [f"  {k.name}={written(k.default)}  {k.about}{bounds(k)}" for k in some if k.about and not _nests(k)]
-
-
-def _nests(key: schema.Key) -> bool:
-    return hasattr(key.kinds[0], "__dataclass_fields__")
+    return [
+        f"  {k.name}={as_written(k.default)}  {k.about}{bounds(k)}"
+        for k in some
+        if k.about and not is_dataclass(k.kinds[0])
+    ]
 
 
 def bounds(key: schema.Key) -> str:
     """Choices and bound of a key, in brackets."""
-    words = [written(choice) for choice in key.choices] or (["false", "true"] if bool in key.kinds else [])
+    words = [as_written(choice) for choice in key.choices] or (["false", "true"] if bool in key.kinds else [])
     if key.least is not None:
         words.insert(0, f"at least {key.least}")
     if words and key.nullable and "null" not in words:
         words.append("null")
     return f" [{' | '.join(words)}]" if words else ""
-
-
-def written(value: Any) -> str:
-    """Value as it is given on the command line."""
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(written, value))}]"
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return "???" if value == MISSING else str(value)

@@ -107,9 +107,11 @@ def _parsed(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
-        raise ConfigError(
-            f"{override!r} cannot be read as key=value; put a value with signs in it in quotes"
-        ) from error
+        raise _unreadable(override) from error
+
+
+def _unreadable(override: object) -> ConfigError:
+    return ConfigError(f"{override!r} cannot be read as key=value; put a value with signs in it in quotes")
 
 
 def _merged(override: Override) -> str:
@@ -320,7 +322,7 @@ def readable(error: Exception, overrides: Sequence[str], folders: Sequence[Path]
             return UnknownName(unknown(group, given[group], options(group, folders)))
     for one in chain:
         if isinstance(one, OverrideParseException):
-            return ConfigError(f"{one.override!r} cannot be read as key=value; put a value with signs in it in quotes")
+            return _unreadable(one.override)
         if not isinstance(one, OmegaConfBaseException) or not one.full_key:
             continue
         name = str(one.full_key)

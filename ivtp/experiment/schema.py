@@ -479,7 +479,7 @@ def _error(k: Key, value: Any) -> str | None:
     elif k.choices or bool in k.kinds:
         choices = k.choices or (False, True)
         if not any(_matches(value, choice) for choice in choices):
-            return f"{name}={value} is not one of {', '.join(map(_as_written, choices))}"
+            return f"{name}={value} is not one of {', '.join(map(as_written, choices))}"
     elif str in k.kinds and not (isinstance(value, str) and value.strip()):
         if not k.nullable:
             return f"{name}={value!r} must be a text that is not empty"
@@ -498,6 +498,10 @@ def _matches(value: Any, choice: Any) -> bool:
     return type(value) is type(choice) and value == choice
 
 
-def _as_written(value: Any) -> str:
+def as_written(value: Any) -> str:
     """Value as it is given on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(as_written, value))}]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return "???" if value == MISSING else str(value)
