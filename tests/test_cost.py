@@ -37,7 +37,9 @@ def printed(capsys, *arguments: str) -> dict:
     ],
 )
 def test_the_paper_s_count_of_llava(capsys, model, pruner, tflops):
-    found = printed(capsys, f"model={model}", f"pruner={pruner}", "text=512")
+    arguments = (f"model={model}", f"pruner={pruner}", "text=512")
+    run, found = printed(capsys, *arguments), printed(capsys, *arguments, "convention=paper")
+    assert run["tflops"]["total"] < found["tflops"]["total"] and run["tokens"] == found["tokens"]
     digits = 3 if pruner == "none" else 2
     assert round(found["tflops"]["total"], digits) == tflops
     assert set(found["tflops"]) == {"vision", "projector", "language", "extra", "total"}
@@ -80,7 +82,7 @@ def test_another_checkpoint_is_counted_by_its_own_sizes(capsys):
 
 
 def test_the_table_sets_the_pruner_beside_the_unpruned_model(capsys):
-    assert main(["model=llava_1_5_7b", "pruner=ivtp", "text=512"]) == 0
+    assert main(["model=llava_1_5_7b", "pruner=ivtp", "text=512", "convention=paper"]) == 0
     shown = capsys.readouterr().out
     for text in ("unpruned", "ivtp", "15.4", "8.197", "TFLOPs"):
         assert text in shown

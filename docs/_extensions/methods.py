@@ -53,7 +53,7 @@ class Methods(SphinxDirective):
                     link,
                     inline(summary(name)),
                     SITES[plan(name).site],
-                    f"{cost(SHAPE, plan(name), TEXT).total / 1e12:.2f}",
+                    f"{cost(SHAPE, plan(name), TEXT, convention='paper').total / 1e12:.2f}",
                 )
             )
         for row in rows:

@@ -44,10 +44,10 @@ CONVENTIONS = {
     "two_matrices": Convention(per_mac=2, ffn_matrices=2),  # 5.97 T
     "one_more": Convention(per_mac=2, ffn_matrices=3, others=1),  # 7.65 T
 }
-"""Conventions by name; "paper" is that of `ivtp.core.flops`: everything, 2 × MAC, with the text (15.4 T)."""
+"""Conventions by name; "run" and "paper" are those of `ivtp.core.flops.cost`: everything, 2 × MAC, with the text (15.4 T)."""
 
 
-def resampler(shape: Shape, keep: int, text: int = 512) -> tuple[Plan, Cost]:
+def resampler(shape: Shape, keep: int, text: int = 512, convention: str = "run") -> tuple[Plan, Cost]:
     """Cost of a trained resampler in place of the projector, in the manner of Qwen-VL (arXiv 2308.12966): one layer of
     cross attention from `keep` queries to all patches, in the width of the language model, which then reads `keep`.
 
@@ -61,4 +61,5 @@ def resampler(shape: Shape, keep: int, text: int = 512) -> tuple[Plan, Cost]:
     keys_values = 4 * n * width * width
     queries_output = 4 * keep * width * width
     maps = 4 * keep * n * width
-    return plan, replace(cost(shape, plan, text), projector=into_width + keys_values + queries_output + maps)
+    spent = cost(shape, plan, text, convention=convention)
+    return plan, replace(spent, projector=into_width + keys_values + queries_output + maps)

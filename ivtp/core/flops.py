@@ -1,8 +1,9 @@
 """Closed-form cost: FLOPs = 2 × MAC of all matrix products of a prefill, known before the first image.
 
-The convention is the one that gives the IVTP paper's own numbers: batch 1, attention counted in full (not halved for
-causality), the LM head on every position, the patch convolution included. Maps are taken as given, as in eager
-attention; `streamed=True` adds what scores cost when no map is formed, which is what this package really executes.
+Batch 1, attention counted in full (not halved for causality), the LM head on every position, the patch convolution
+included. By default the layers that are run are counted; `convention="paper"` counts all layers of the tower, also those
+whose output nobody reads, which gives the IVTP paper's own numbers. Maps are taken as given, as in eager attention;
+`streamed=True` adds what scores cost when no map is formed, which is what this package really executes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from math import isqrt
 from ivtp.core.choices import CutSizes
 from ivtp.core.plan import NOTHING, Plan, Stage
 from ivtp.core.schedule import Step
+from ivtp.registry import check_choice
+
+COUNTED = ("run", "paper")
+"""Conventions of `cost`; those of other papers are in `ivtp.core.conventions`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Shape:
     unit          patches of the tower that become one visual token (a patch merger, pixel shuffle), kept or cut together
     crops         pieces of the image that go through the tower one by one
     separators    tokens of the image that carry no patch (the newlines behind rows of crops) and are never cut
+    read          leading tower layers whose output leaves the tower, 0: all; later ones run as far as a cut needs them
     taps          tower layers whose output the language model gets too, each through a merger of its own (DeepStack)
     by_image      what is here is of an image of the usual size; others have other numbers of tokens
     resizable     the tower also reads a shrunk image
@@ -95,6 +101,7 @@ class Shape:
     crops: int = 1
     separators: int = 0
     projector_hidden: int = 0
+    read: int = 0
     taps: tuple[int, ...] = ()
     by_image: bool = False
     resizable: bool = True
@@ -146,22 +153,33 @@ class Cost:
         return {part: getattr(self, part) / 1e12 for part in parts}
 
 
-def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = None, streamed: bool = False) -> Cost:
+def cost(
+    shape: Shape,
+    plan: Plan,
+    text: int = 512,
+    instruction: int | None = None,
+    streamed: bool = False,
+    convention: str = "run",
+) -> Cost:
     """Cost of one image with `text` prompt tokens around it.
 
     instruction  tokens that the CLIP text encoder reads, its begin and end marks included; default: one full context
+    convention   "run": the layers that are run; "paper": all layers of the tower, as papers count
 
     >>> import ivtp
     >>> from transformers import LlavaConfig  # its defaults are the sizes of LLaVA-1.5-7B
     >>> shape = ivtp.shape_of(LlavaConfig())
-    >>> round(cost(shape, ivtp.Plan()).total / 1e12, 3)
-    15.404
-    >>> round(cost(shape, ivtp.load_pruner("ivtp", shape, keep=64)).total / 1e12, 2)
-    8.2
+    >>> plans = ivtp.Plan(), ivtp.load_pruner("ivtp", shape, keep=64)
+    >>> [round(cost(shape, plan, convention="paper").total / 1e12, 3) for plan in plans]
+    [15.404, 8.197]
+    >>> [round(cost(shape, plan).total / 1e12, 3) for plan in plans]
+    [15.388, 8.195]
     """
-    tower = stack_cost(
-        shape.vision, plan.vision, Entering(shape.patches, shape.prefix, shape.unit), "vision", shape.has_cls
-    )
+    check_choice("convention", convention, COUNTED)
+    if convention == "paper":
+        shape = replace(shape, read=0)
+    patches = Entering(shape.patches, shape.prefix, shape.unit)
+    tower = stack_cost(shape.vision, plan.vision, patches, "vision", shape.has_cls, shape.read)
     vision, scores, v = tower.layers, tower.scores, tower.counts[-1]
     patches = plan.image[0] * plan.image[1] if plan.image else shape.patches
     vision += 2 * patches * shape.unit * shape.patch_inputs * shape.vision.width
@@ -192,6 +210,7 @@ def cost(shape: Shape, plan: Plan, text: int = 512, instruction: int | None = No
             text_encoder = 2 * project  # the projected visual CLS
         if appends and plan.reads_clip:
             text_encoder += _text_pass(shape, instruction, 1)
+            text_encoder += _class_token(shape, plan.vision or NOTHING, v // shape.crops) if shape.has_cls else 0
         if plan.cuts_language(v) and plan.reads_relevance:
             text_encoder += _text_pass(shape, instruction, v)
     return Cost(vision, projector, language, text_encoder, scores if streamed else 0, counts, average)
@@ -223,21 +242,20 @@ class StackCost:
 
 
 def stack_cost(
-    stack: Layers, stage: Stage | None, entering: Entering, site: str, one_reference: bool = True
+    stack: Layers, stage: Stage | None, entering: Entering, site: str, one_reference: bool = True, read: int = 0
 ) -> StackCost:
-    """Cost of the layers of a stack, and of the cuts of its stage.
+    """Cost of the layers of a stack that are run, and of the cuts of its stage.
 
     one_reference  False: all visual tokens are reference tokens, where there is no class token
+    read           leading layers whose output is read; 0: all
     """
     stage = NOTHING if stage is None else stage
     schedule = stage.schedule
     schedule.check(entering.visual, stack.depth, site)
     steps = schedule.walk(stack.depth, entering.visual)
-    layers = sum(
-        stack.attention(entering.length(step.layer, step.entering), step.layer)
-        + stack.mlp(entering.length(step.layer, step.in_ffn))
-        for step in steps
-    )
+    attended, fed = schedule.reach(read or stack.depth)
+    layers = sum(stack.attention(entering.length(step.layer, step.entering), step.layer) for step in steps[:attended])
+    layers += sum(stack.mlp(entering.length(step.layer, step.in_ffn)) for step in steps[:fed])
     scores, previous, counts = 0, -1, [entering.visual]
     for cut in schedule:
         if cut.keep < (v := counts[-1]):
@@ -257,6 +275,17 @@ def stack_cost(
         previous = cut.layer
         counts.append(cut.keep)
     return StackCost(layers, scores, tuple(counts), steps)
+
+
+def _class_token(shape: Shape, stage: Stage, visual: int) -> int:
+    """The class token of one crop behind the tower: the layers that were not run, the last of them for its query alone."""
+    stack, n = shape.vision, shape.prefix + shape.unit * visual
+    attended, fed = stage.schedule.reach(shape.read or stack.depth)
+    last = stack.depth - 1
+    spent = sum(stack.attention(n, layer) for layer in range(attended, last)) + max(0, last - fed) * stack.mlp(n)
+    if attended <= last:
+        spent += stack.qkv(n) + stack.attention(1) + 4 * (n - 1) * stack.heads * stack.head_width
+    return spent + (stack.mlp(1) if fed <= last else 0)
 
 
 def _text_pass(shape: Shape, instruction: int | None, visual: int) -> int:

@@ -18,9 +18,13 @@ from ivtp.core.tokens import Tokens
 
 @runtime_checkable
 class Stack(Protocol):
-    """The layers of a frozen model, opened between attention and FFN: each model family provides them."""
+    """The layers of a frozen model, opened between attention and FFN: each model family provides them.
+
+    read  leading layers whose output is read behind the stack; later ones run as far as a cut needs them
+    """
 
     depth: int
+    read: int
 
     def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
         """Norm, attention, residual; the hidden states after it "b n d", and the attention that was used."""
@@ -66,7 +70,8 @@ def traverse(
     """Run the tokens through the stack, with the cuts of the stage.
 
     A cut reads the attention of the layers since the cut before it (a "group"), as far as the stage needs it; a record
-    that no cut reads is dropped at once. `part("pruner")` is entered around each cut, so that time and FLOPs of
+    that no cut reads is dropped at once, and layers whose output nobody reads are not run (`Schedule.reach`).
+    `part("pruner")` is entered around each cut, so that time and FLOPs of
     pruning can be told from those of the model.
     """
     stage = NOTHING if stage is None else stage
@@ -89,7 +94,8 @@ def traverse(
         trace.append(Kept(cut.layer, cut.after, tokens.of_visual(tokens.position), tokens.of_visual(tokens.valid)))
         return tokens
 
-    steps = schedule.walk(stack.depth, tokens.visual_count)
+    attended, fed = schedule.reach(stack.read)
+    steps = schedule.walk(stack.depth, tokens.visual_count)[:attended]
     tokens = shortened(tokens, schedule.first)
     for step in steps:
         x, attention = stack.attend(step.layer, tokens, stage.proportional)
@@ -99,7 +105,8 @@ def traverse(
             group.append(attention)
         del attention
         tokens = shortened(tokens.with_x(x), step.before_ffn)
-        tokens = tokens.with_x(stack.mlp(step.layer, tokens.x))
+        if step.layer < fed:
+            tokens = tokens.with_x(stack.mlp(step.layer, tokens.x))
         tokens = shortened(tokens, step.behind)
         tokens = stack.leave(step.layer, tokens)
     return tokens, trace

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ivtp.core.choices import CutSizes, Reduce
-from ivtp.core.tokens import Scalars, Selection, Vectors, take
+from ivtp.core.tokens import Scalars, Selection, Vectors, flat, take
 
 Reduced = tuple[Tensor, Tensor]
 """Tokens "b k d" and their sizes "b k"."""
@@ -77,7 +77,9 @@ class Merge(Reduce):
 
 def slot_sums(values: Tensor, into: Tensor, slots: int) -> Tensor:
     """Sum `values` "b v ..." over the tokens that end in each slot, as "b slots ..."; -1 in `into` is no slot."""
-    into = into.view(*into.shape, *[1] * (values.ndim - 2))
-    values = values * (into >= 0)
-    sums = values.new_zeros(len(values), slots, *values.shape[2:])
-    return sums.scatter_add(1, into.clamp_min(0).expand_as(values), values)
+    # One slot more, for those that end in none.
+    rows = flat(into.where(into >= 0, slots), slots + 1)
+    sums = values.new_zeros(len(values) * (slots + 1), *values.shape[2:])
+    # Whole rows along the first axis, by an expanded index: torch adds these at once, and not number by number.
+    rows = rows.view(-1, *[1] * (values.ndim - 2)).expand(-1, *values.shape[2:])
+    return sums.scatter_add(0, rows, values.flatten(0, 1)).unflatten(0, (len(values), -1))[:, :slots]

@@ -79,6 +79,18 @@ class Schedule:
             steps.append(Step(layer, before_ffn, behind, entering, in_ffn, leaving))
         return steps
 
+    def reach(self, read: int) -> tuple[int, int]:
+        """Leading layers whose attention, and those whose FFN, is run: as many as are read behind the stack, and those that
+        the last cut needs.
+
+        >>> Schedule.at([2, 5], [333, 192]).reach(5)
+        (6, 5)
+        """
+        if not self.cuts:
+            return read, read
+        last = self.cuts[-1]
+        return max(read, last.layer + 1), max(read, last.layer + (last.after == "block"))
+
     def final(self, tokens: int) -> int:
         """Visual tokens behind the last cut, of so many that reach the first."""
         return self.cuts[-1].keep if self.cuts else tokens

@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 
 from ivtp.core.attention import Attention
 from ivtp.core.choices import CutSizes, Metric, Select
-from ivtp.core.tokens import Scalars, Selection, Tokens, Vectors, take
+from ivtp.core.pairs import Pairs, pair_flops
+from ivtp.core.tokens import Scalars, Selection, Tokens, Vectors
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Bipartite(Select):
             )
         place = torch.arange(v, device=metric.device)
         first, second = place[lead::2], place[1 - lead :: 2]
-        best, partner = cosines(metric[:, first], metric[:, second]).max(-1)
+        best, partner = cosines(metric[:, lead::2], metric[:, 1 - lead :: 2]).max(-1)
         order = descending(best)
         merged, stays = order[:, :merges], order[:, merges:]
         if prefix:  # as published: sorted only when there is a class token to bring to the front
@@ -96,24 +97,37 @@ class MaxMin(Select):
 
     def flops(self, sizes: CutSizes) -> int:
         """FLOPs of all cosines."""
-        return 2 * sizes.v * sizes.v * sizes.width
+        return pair_flops(sizes.v, sizes.width, 1, sizes.keep)
 
 
 def max_min_order(metric: Vectors, keep: int, valid: Bool[Tensor, "b v"] | None = None) -> Int[Tensor, "b k"]:
     """The order of choice: the token farthest from its nearest neighbour, then the farthest from all chosen ones."""
-    distance = 1 - cosines(metric, metric)
-    if valid is not None:
-        distance = distance.masked_fill(~valid[:, :, None], torch.inf).masked_fill(~valid[:, None], -torch.inf)
-    # The smallest entry of a column is the token itself. Padding is -inf and never chosen before a real token.
-    nearest = distance.topk(2, dim=1, largest=False).values[:, 1]
+    pairs, gone = Pairs.of(metric), None if valid is None else ~valid
+
+    def from_chosen(order: Int[Tensor, "b 1"]) -> Float[Tensor, "b v"]:
+        distance = 1 - pairs.rows(order)[:, 0]
+        if gone is None:
+            return distance
+        return distance.masked_fill(gone.gather(1, order), torch.inf).masked_fill(gone, -torch.inf)
+
+    nearest = []
+    for _, cosine in pairs.blocks():
+        distance = 1 - cosine
+        if gone is not None:
+            distance = distance.masked_fill_(gone[:, None], torch.inf)
+        # The smallest entry of a row is the token itself.
+        nearest.append(distance.topk(2, dim=2, largest=False).values[:, :, 1])
+    nearest = torch.cat(nearest, 1)
+    if gone is not None:  # padding is never chosen before a real token
+        nearest = nearest.masked_fill(gone, -torch.inf)
     order = nearest.argmax(1, keepdim=True)
-    nearest = take(distance, order)[:, 0]
+    nearest = from_chosen(order)
     chosen = [order]
     for _ in range(keep - 1):  # steps are sequential; each handles the whole batch
         nearest = nearest.scatter(1, order, -torch.inf)
         order = nearest.argmax(1, keepdim=True)
         chosen.append(order)
-        nearest = torch.minimum(nearest, take(distance, order)[:, 0])
+        nearest = torch.minimum(nearest, from_chosen(order))
     return torch.cat(chosen, 1)
 
 

@@ -159,24 +159,25 @@ class Tokens:
         others = self.other_index
         order = torch.cat([others, kept.sort(dim=1).values], 1).argsort(dim=1, stable=True)
         source = torch.cat([others, kept], 1).gather(1, order)
-        slot = order.argsort(dim=1)[:, others.shape[1] :]
+        sizes = take(self.size, visual_index)
+
+        def placed(values: Tensor, kept: Tensor) -> Tensor:
+            return take(torch.cat([take(values, others), kept.to(values.dtype)], 1), order)
 
         def reduced(values: Tensor) -> tuple[Tensor, Tensor]:
-            kept, size = reduce(take(values, visual_index), take(self.size, visual_index), scores, selection)
-            return put(take(values, source), slot, kept), size
+            return reduce(take(values, visual_index), sizes, scores, selection)
 
-        x, size = reduced(self.x)
-        valid = take(self.valid, source)
+        (x, size), valid = reduced(self.x), take(self.valid, kept)
         if selection.valid is not None:
-            valid = valid.scatter(1, slot, take(valid, slot) & selection.valid)
+            valid = valid & selection.valid
         padded = self.facts.padded or selection.valid is not None
         return self._each(
             lambda values: take(values, source),
-            x=x,
-            size=take(self.size, source).scatter(1, slot, size),
-            valid=valid,
+            x=placed(self.x, x),
+            size=placed(self.size, size),
+            valid=placed(self.valid, valid),
             sample=self.sample,
-            feature=None if self.feature is None else reduced(self.feature)[0],
+            feature=None if self.feature is None else placed(self.feature, reduced(self.feature)[0]),
             state=None,
             facts=replace(self.facts, visual=selection.index.shape[1], padded=padded),
         )
@@ -235,10 +236,18 @@ def indices(mask: Bool[Tensor, "b n"], count: int) -> Int[Tensor, "b k"]:
 
 
 def take(values: Tensor, index: Int[Tensor, "b k"]) -> Tensor:
-    """Gather along the token axis: `values` "b n ..." at `index` "b k" gives "b k ..."."""
-    return values.take_along_dim(index if values.ndim == 2 else index[:, :, None], 1)
+    """Gather along the token axis: `values` "b n ..." at `index` "b k" gives "b k ...", a token's vector at a time."""
+    if values.ndim == 2:
+        return values.take_along_dim(index, 1)
+    return values.flatten(0, 1).index_select(0, flat(index, values.shape[1])).unflatten(0, index.shape)
 
 
 def put(values: Float[Tensor, "b n d"], index: Int[Tensor, "b k"], new: Float[Tensor, "b k d"]) -> Tensor:
     """`values` with the rows at `index` replaced."""
-    return values.scatter(1, index[:, :, None].expand_as(new), new.to(values.dtype))
+    rows = flat(index, values.shape[1])
+    return values.flatten(0, 1).index_copy(0, rows, new.to(values.dtype).flatten(0, 1)).view_as(values)
+
+
+def flat(index: Int[Tensor, "b k"], n: int) -> Int[Tensor, " r"]:
+    """Places "b k" in sequences of `n` tokens as places among the tokens of the whole batch."""
+    return (index + n * torch.arange(len(index), device=index.device)[:, None]).flatten()

@@ -1,11 +1,12 @@
 """Closed-form FLOPs of the rows of an experiment."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from ivtp import results as store
 from ivtp.core.conventions import CONVENTIONS
-from ivtp.core.flops import Shape, cost
+from ivtp.core.flops import COUNTED, Shape, cost
 from ivtp.experiment.config import load_config
 from ivtp.experiment.planning import build_shape, plan_rows
 from ivtp.pruners.budget import in_words
@@ -16,17 +17,28 @@ from ivtp.report.tables import UNKNOWN, markdown
 
 
 def closed_form(
-    model: str, rows: list[dict], shape: Shape, texts: Iterable[int], instruction: int | None, streamed: bool = False
+    model: str,
+    rows: list[dict],
+    shape: Shape,
+    texts: Iterable[int],
+    instruction: int | None,
+    streamed: bool = False,
+    convention: str = "paper",
 ) -> list[dict]:
-    """Cost per row and text length; once for a row with several seeds, which all cost the same."""
+    """Cost per row and text length; once for a row with several seeds, which all cost the same.
+
+    convention  of `ivtp.core.flops.cost`: "paper", as budgets and tables count, or "run"
+    """
     costs = {}
     for text in texts:
         for row in plan_rows(rows, shape, text, instruction):
             label = row.seeds_of or row.label
             if (label, text) in costs:
                 continue
-            spent = row.cost if row.stand_in else cost(shape, row.plan, text, instruction, streamed)
-            conventions = CONVENTIONS if shape.language is not None else {}
+            counted = {name: cost(shape, row.plan, text, instruction, streamed, name) for name in COUNTED}
+            if row.stand_in:
+                counted = {name: replace(row.cost, vision=spent.vision) for name, spent in counted.items()}
+            spent, others = counted[convention], CONVENTIONS if shape.language is not None else {}
             costs[label, text] = {
                 "model": model,
                 "text": text,
@@ -36,7 +48,8 @@ def closed_form(
                 "tokens": list(spent.tokens),
                 "average_tokens": spent.average_tokens,
                 "tflops": spent.tflops(),
-                "conventions": {name: c.count(shape, row.plan) / 1e12 for name, c in conventions.items()},
+                "conventions": {"paper": counted["paper"].total / 1e12}
+                | {name: other.count(shape, row.plan) / 1e12 for name, other in others.items()},
                 "paper": row.paper,
             }
     return list(costs.values())

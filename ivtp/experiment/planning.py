@@ -200,19 +200,21 @@ def _plan_row(row: dict, shape: Shape, text: int, instruction: int | None, costs
     settings = {key: value for key, value in row["pruner"].items() if key != "name"}
     settings |= {"position_ids": row["position_ids"], "per": row["budget"].get("per", "image")}
     build, kept, share = partial(load_pruner, name, shape, **settings), {}, None
+    # Budgets and tables count as the papers do, so that their numbers can be set beside each other.
+    spend = partial(cost, shape, text=text, instruction=instruction, convention="paper")
     if "keep" in inspect.signature(PRUNERS[name]).parameters:
-        keep = solve(row["budget"], shape, lambda keep: cost(shape, build(keep=keep), text, instruction), costs)
+        keep = solve(row["budget"], shape, lambda keep: spend(build(keep=keep)), costs)
         kept = {"keep": keep}
         if shape.by_image and "keep" not in row["budget"]:
             share = keep / shape.tokens  # a budget of tokens counts them in each image, all others fix their share
     plan = build(**kept)
     row = row | {"pruner": row["pruner"] | kept}
-    return _planned(row, plan, cost(shape, plan, text, instruction), Planner(name, shape, settings | kept, share))
+    return _planned(row, plan, spend(plan), Planner(name, shape, settings | kept, share))
 
 
 def _stand_in(row: dict, shape: Shape, text: int) -> Planned:
     """Plan a row of which only the cost is known."""
-    stand_in = STAND_INS[row["stand_in"]]
+    stand_in = partial(STAND_INS[row["stand_in"]], convention="paper")
     keep = solve(row["budget"], shape, lambda keep: stand_in(shape, keep, text)[1])
     plan, spent = stand_in(shape, keep, text)
     return _planned(row, plan, spent, plan)

@@ -1,6 +1,5 @@
 """Steps of a run after its request was checked: load, plan, evaluate, record, report."""
 
-import os
 import platform
 import subprocess
 import time
@@ -19,6 +18,7 @@ from ivtp import results as store
 from ivtp.backbones.text.pairing import crop_limit_of, guide_for
 from ivtp.core.flops import Shape
 from ivtp.data.datamodule import QuestionData
+from ivtp.evaluation.hardware import attention_kernel, hardware
 from ivtp.experiment import planning as build
 from ivtp.experiment import ranks
 from ivtp.experiment.planning import Planned, plan_rows
@@ -105,7 +105,9 @@ def load(config: DictConfig, console: Console) -> Setup:
         "code": store.code_version(),
     }
     circumstances = {"experiment": config.name, **identity, "reference": reference, "seed": config.seed}
-    return Setup(config, model, processor, shape, data, identity, circumstances | machine(device))
+    return Setup(
+        config, model, processor, shape, data, identity, circumstances | machine(device, attention_kernel(model))
+    )
 
 
 def plan(setup: Setup, rows: list[dict]) -> list[Planned]:
@@ -230,8 +232,8 @@ def usable(texts: list[str], survey) -> list[str]:
     return [text for index, text in enumerate(texts) if index not in survey.failed]
 
 
-def machine(device: str) -> dict:
-    """Versions, commit and machine of the run."""
+def machine(device: str, kernel: str | None = None) -> dict:
+    """Versions, commit and machine of the run; `kernel`: attention implementation of its model."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -243,11 +245,9 @@ def machine(device: str) -> dict:
         ).stdout.strip()
     except OSError:  # no git here
         git = ""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {
         "versions": {"ivtp": version("ivtp"), "python": platform.python_version()}
         | {package: version(package) for package in VERSIONED},
         "git": git or None,
-        "machine": {"device": device, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        | {"ranks": ranks.world()},
+        "machine": {"device": device} | hardware(device, kernel) | {"ranks": ranks.world()},
     }

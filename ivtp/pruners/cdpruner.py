@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ivtp.core import Attention, CutSizes, Plan, Schedule, Score, Select, Selection, Shape, Stage, Tokens
+from ivtp.core.pairs import Pairs, pair_flops
 from ivtp.core.scores import hide_padding
-from ivtp.core.selects import Hidden, cosines
-from ivtp.core.tokens import take
+from ivtp.core.selects import Hidden
 from ivtp.pruners import register_pruner
 
 
@@ -66,7 +66,8 @@ class ConditionalDpp(Select):
 
     def flops(self, sizes: CutSizes) -> int:
         """FLOPs of all cosines, and of the projections on the tokens that are chosen already."""
-        return 2 * sizes.v * sizes.v * sizes.width + sizes.keep * (sizes.keep - 1) * sizes.v
+        cosines = pair_flops(sizes.v, sizes.width, 0, sizes.keep)
+        return cosines + sizes.keep * (sizes.keep - 1) * sizes.v
 
 
 def greedy_dpp_order(
@@ -77,19 +78,19 @@ def greedy_dpp_order(
     Incremental Cholesky updates (arXiv 1709.05135). A kernel of lower rank than `keep` is filled up with what is left,
     in sequence order; the published code of CDPruner runs into round-off there.
     """
-    kernel = quality[:, :, None] * cosines(metric, metric) * quality[:, None]
-    left = kernel.diagonal(dim1=1, dim2=2)
+    pairs = Pairs.of(metric)
+    left = quality * pairs.diagonal() * quality
     floor = 1e-6 * left  # below that, a token adds nothing but round-off
     if valid is not None:
         left = left.masked_fill(~valid, -torch.inf)
     b, v = quality.shape
-    factor = kernel.new_zeros(b, keep, v)
+    factor = left.new_zeros(b, keep, v)
     chosen = []
     for step in range(keep):
         left = torch.where((left > floor) | (left == -torch.inf), left, 0.0)
         pick = left.argmax(1, keepdim=True)
         chosen.append(pick)
-        row = take(kernel, pick)[:, 0]
+        row = quality.gather(1, pick) * pairs.rows(pick)[:, 0] * quality
         if step:
             known = factor[:, :step]
             row = row - (known.gather(2, pick[:, :, None].expand(-1, step, -1)).transpose(1, 2) @ known)[:, 0]

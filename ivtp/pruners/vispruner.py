@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ivtp.core import CutSizes, Plan, Select, Selection, Shape, Stage, Tokens
+from ivtp.core.pairs import Pairs, pair_flops
 from ivtp.core.scores import Layerwise
-from ivtp.core.selects import Hidden, TopK, cosines, descending
+from ivtp.core.selects import Hidden, TopK, descending
 from ivtp.pruners import register_pruner
 from ivtp.pruners.default_layers import feature_cut
 from ivtp.registry import check_range
@@ -57,39 +58,58 @@ class ImportantAndDiverse(Select):
             return TopK()(scores, None, keep, tokens)
         order = descending(scores)
         valid = tokens.of_visual(tokens.valid)
-        # Padding is a double of every token, so it goes first.
-        similarity = cosines(metric, metric).masked_fill(~valid[:, :, None], 2.0).masked_fill(~valid[:, None], -2.0)
-        diverse = without_doubles(similarity, order[:, important:], keep - important)
+        diverse = without_doubles(Pairs.of(metric), valid, order[:, important:], keep - important)
         return Selection(torch.cat([order[:, :important], diverse], 1).sort(dim=1).values)
 
     def flops(self, sizes: CutSizes) -> int:
-        """FLOPs of all cosines, where any token is chosen by them."""
-        return 0 if int(sizes.keep * self.important_ratio) == sizes.keep else 2 * sizes.v * sizes.v * sizes.width
+        """FLOPs of all cosines, where any token is chosen by them. Of images so large that no map is formed, the rows that
+        depend on the data are left out."""
+        important = int(sizes.keep * self.important_ratio)
+        if important == sizes.keep:
+            return 0
+        passes, left, fresh = 0, sizes.v - important, 2 * (sizes.v - important) + 1
+        while left > sizes.keep - important:
+            if 2 * left < fresh:
+                passes, fresh = passes + 1, left
+            left -= min(STEP, left - (sizes.keep - important), (left + 1) // 2)
+        return pair_flops(sizes.v, sizes.width, passes, 0)
 
 
-def without_doubles(similarity: Tensor, left: Tensor, keep: int) -> Tensor:
+def without_doubles(pairs: Pairs, valid: Tensor, left: Tensor, keep: int) -> Tensor:
     """The `keep` of the tokens `left` "b r" that stay when those with the nearest double go, `STEP` at a time, by their
-    similarity "b v v".
+    cosines. Padding is a double of every token, so it goes first.
 
     A token's double is looked for among its `NEAR` nearest neighbours first, and in its whole row only if none of
     them is in the second set; the neighbours are renewed whenever half of the tokens are gone. The answer is exact.
     """
-    b, v, _ = similarity.shape
+    b, v = valid.shape
     sample = torch.arange(b, device=left.device)[:, None]
     fresh = 2 * left.shape[1] + 1
     while left.shape[1] > keep:
         if 2 * left.shape[1] < fresh:
             fresh = left.shape[1]
             here = torch.zeros(b, v, dtype=torch.bool, device=left.device).scatter(1, left, True)
-            near = similarity.masked_fill(~here[:, None], -torch.inf).topk(min(NEAR, v), dim=2)
+            parts = [
+                masked(cosine, valid[:, some, None], valid[:, None])
+                .masked_fill(~here[:, None], -torch.inf)
+                .topk(min(NEAR, v), dim=2)
+                for some, cosine in pairs.blocks()
+            ]
+            values, indices = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         first, second = left[:, 0::2], left[:, 1::2]
         is_second = torch.zeros(b, v, dtype=torch.bool, device=left.device).scatter(1, second, True)
-        place = near.indices[sample, first]
-        double = torch.where(is_second[sample[:, :, None], place], near.values[sample, first], -torch.inf).amax(2)
+        place = indices[sample, first]
+        double = torch.where(is_second[sample[:, :, None], place], values[sample, first], -torch.inf).amax(2)
         which, column = torch.nonzero(double == -torch.inf, as_tuple=True)
-        rows = similarity[which, first[which, column]].masked_fill(~is_second[which], -torch.inf)
-        double[which, column] = rows.amax(1)
+        alone = first[which, column]
+        rows = masked(pairs.rows_of(which, alone), valid[which, alone][:, None], valid[which])
+        double[which, column] = rows.masked_fill(~is_second[which], -torch.inf).amax(1)
         gone = min(STEP, left.shape[1] - keep, first.shape[1])
         stays = double.argsort(dim=1, descending=True, stable=True)[:, gone:]
         left = torch.cat([first.gather(1, stays), second], 1)
     return left
+
+
+def masked(cosine: Tensor, real: Tensor, others: Tensor) -> Tensor:
+    """Cosines of tokens with others; padding is a double of all others, and no token's double."""
+    return cosine.masked_fill(~real, 2.0).masked_fill(~others, -2.0)

@@ -7,7 +7,10 @@ PARTS = ("vision", "projector", "language", "extra", "total")
 
 
 def tables(costs: list[dict], convention: str = "paper") -> list[Table]:
-    """Table per model: the parts of each row; for several text lengths, the totals side by side."""
+    """Table per model: the parts of each row; for several text lengths, the totals side by side.
+
+    convention  that of the costs, "run" or "paper"; or one of others to be added, "all": each
+    """
     models = dict.fromkeys(cost["model"] for cost in costs)
     return [_of_model([cost for cost in costs if cost["model"] == model], convention) for model in models]
 
@@ -27,7 +30,7 @@ def _of_model(costs: list[dict], convention: str) -> Table:
         rows = {cost["label"]: cost for cost in costs}.values()
         return make_table(f"{first['model']}, {unit} of one prefill by text tokens", [label, *several], rows)
 
-    others = {"paper": [], "all": list(first["conventions"])}.get(convention, [convention])
+    others = {"run": [], "paper": [], "all": list(first["conventions"])}.get(convention, [convention])
     columns = [
         label,
         Column("budget", lambda cost: cost["budget"]),
@@ -35,7 +38,7 @@ def _of_model(costs: list[dict], convention: str) -> Table:
         Column("average tokens", lambda cost: cost["average_tokens"], digits),
         *(column(part, lambda cost, part=part: cost["tflops"][part]) for part in PARTS),
         Column("of unpruned", lambda cost: cost["tflops"]["total"] / first["tflops"]["total"], ratio),
-        *([Column("the paper's total", _printed)] if any(map(_printed, costs)) else []),
+        *([Column("the paper's total", _printed)] if convention == "paper" and any(map(_printed, costs)) else []),
         *(column(name, lambda cost, name=name: cost["conventions"][name]) for name in others),
     ]
     prompt = (
@@ -45,7 +48,7 @@ def _of_model(costs: list[dict], convention: str) -> Table:
 
 
 def _total(cost: dict, convention: str) -> float:
-    return cost["tflops"]["total"] if convention in ("paper", "all") else cost["conventions"][convention]
+    return cost["tflops"]["total"] if convention in ("run", "paper", "all") else cost["conventions"][convention]
 
 
 def _printed(cost: dict) -> str:

@@ -166,7 +166,7 @@ def columns(results: list[Result], comparisons: dict) -> list[Column]:
         Column("budget", lambda r: in_words(r.budget) if any(r.cuts.values()) else None),
         Column("tokens", lambda r: r.tokens[-1]),
         Column("average tokens", lambda r: r.average_tokens, digits, AVERAGE),
-        Column("GFLOPs", lambda r: 1e3 * r.tflops["total"], digits),
+        Column("GFLOPs", lambda r: 1e3 * r.tflops["total"], digits, GFLOPS),
         Column("of unpruned", lambda r: share(r.tflops["total"], whole), ratio),
         # Of one family the accuracy says it all.
         *(metric(family, f"accuracy/{family}") for family in families if len(families) > 1),
@@ -193,6 +193,7 @@ def columns(results: list[Result], comparisons: dict) -> list[Column]:
     ]
 
 
+GFLOPS = "GFLOPs: all layers of the tower, as the IVTP paper counts."
 AVERAGE = "average tokens: visual tokens that enter a language layer."
 TOP5 = "top5: the right class is among the five likeliest."
 FAILED = (

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
 
 from ivtp.backbones.hooks.packed_linear import AVAILABLE, fits, pack
+from ivtp.evaluation.hardware import hardware
 from ivtp.evaluation.profiling import synchroniser
 
 K = TypeVar("K", bound=Hashable)
@@ -77,17 +77,17 @@ def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
     return summary([a / b for a, b in zip(above, below, strict=True)])
 
 
-def machine(device: torch.device | str) -> dict:
-    """Description of the machine and the software."""
+def machine(device: torch.device | str, kernel: str | None = None) -> dict:
+    """Description of the machine and the software; `kernel`: attention implementation of what is measured."""
     import transformers
 
     from ivtp import __version__
 
     device = torch.device(device)
+    found = hardware(device, kernel)
     description = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "device": found.pop("name"),
+        **found,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -96,13 +96,6 @@ def machine(device: torch.device | str) -> dict:
         "ivtp": __version__,
     }
     return description | ({"cuda": torch.version.cuda} if device.type == "cuda" else {})
-
-
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def limits(device: torch.device | str, dtype: torch.dtype) -> dict[str, float]:

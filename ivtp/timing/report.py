@@ -31,6 +31,8 @@ def tables(record: dict) -> list[Table]:
     parts = [_bounds(record)]
     if "pipeline" in record:
         return [*parts, _pipeline(record["pipeline"])]
+    if "lead" in record:
+        return _lead(record)
     for case in record["cases"]:
         parts += [_prefill(case), _parts(case), _operators(case)]
     return [*parts, _decoding(record), _throughput(record["throughput"]), _peers(record), _rollout(record["rollout"])]
@@ -48,6 +50,28 @@ def _bounds(record: dict) -> Table:
     m = record["machine"]
     title = f"{m['device']}, {m['cores']} cores, torch {m['torch']}, transformers {m['transformers']}, {m['dtype']}"
     return Table(title, ["", "measured", "bound"], rows)
+
+
+def _lead(record: dict) -> list[Table]:
+    lead, m = record["lead"], record["machine"]
+    compared = "against" in lead["commits"]
+    rows = []
+    for case in lead["cases"]:
+        row = [
+            case["model"],
+            case["pruner"],
+            case["keep"] or "",
+            case["batch"],
+            _interval(case["seconds"]["this"], 1e3),
+        ]
+        row += [f"{case['images_per_second']:.3g}", _interval(case["over_own"])]
+        row += [_interval(case["over_against"]) if "over_against" in case else ""] if compared else []
+        rows.append([*map(str, row), f"{case['peak_bytes']['this'] / 1e6:.1f}", f"{case['peak_of_own']:.3f}"])
+    heads = ["model", "pruner", "tokens", "batch", "ms; median [95 %]", "images/s", "over own forward"]
+    heads += [f"over {lead['commits']['against']}"] if compared else []
+    title = f"{lead['model']}, {lead['text']} text tokens; {m['device']}, {m['cores']} cores, {m['blas']}, torch {m['torch']}"
+    note = "; ".join(f"{name}: {reason}" for name, reason in lead["left_out"].items())
+    return [Table(title, [*heads, "peak MB", "of own"], rows, note)]
 
 
 def _interval(value: dict, scale: float = 1.0) -> str:

@@ -108,7 +108,7 @@ def run(
     rounds = rounds or suite.rounds
     # Measurements other than the suite's ratios get fewer rounds; on a CPU only the first prefill needs a warm-up.
     few, warmup = max(1, rounds // 2), int(suite.device == "cuda")
-    system = machine(suite.device) | {"dtype": str(suite.dtype).removeprefix("torch."), "kernel": "sdpa"}
+    system = machine(suite.device, "sdpa") | {"dtype": str(suite.dtype).removeprefix("torch.")}
     say("peak rates of the machine")
     best = limits(suite.device, suite.dtype)
     cases, decoded, peers = [], [], []

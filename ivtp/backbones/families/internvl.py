@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from ivtp.core.flops import Shape
 from ivtp.core.tokens import Tokens, take
 
 
+class Raster(NamedTuple):
+    """Raster order of the patches of units that are left: place, unit by unit, of each patch in raster order "b 4·v", and
+    `back`, its inverse."""
+
+    order: Tensor
+    back: Tensor
+
+
 class InternVit:
     """An `InternVLVisionModel` as a stack.
 
@@ -33,10 +41,11 @@ class InternVit:
         self.tower, self.feature, self.unit = tower, feature, side * side
         self.layers = tower.encoder.layer
         self.depth = len(self.layers)
+        self.read = min(feature + 1, self.depth)
         rows, columns = tower.embeddings.patch_embeddings.patch_shape
         grid = torch.arange(rows * columns, device=tower.device).view(rows // side, side, columns // side, side)
         self.places = grid.transpose(1, 2).reshape(-1, self.unit)  # of every unit's patches in the raster
-        self._order: tuple[Tensor, Tensor] | None = None
+        self._order: tuple[Tensor, Raster] | None = None
 
     def embed(self, pixels: Tensor, grid: tuple[int, int] | None = None) -> Tokens:
         if grid is not None:
@@ -45,10 +54,11 @@ class InternVit:
         x = torch.cat([x[:, :1], x[:, 1:][:, self.places.flatten()]], 1)
         return patch_tokens(self._close(x), 1, True, pixels)
 
-    def _raster(self, tokens: Tokens) -> Tensor:
-        """Place behind the class token of each patch in raster order, "b 4·v"."""
+    def _raster(self, tokens: Tokens) -> Raster:
+        """Raster order of the patches that are left, computed once between two cuts."""
         if self._order is None or self._order[0] is not tokens.position:
-            self._order = tokens.position, self.places[tokens.position[:, 1:]].flatten(1).argsort(1)
+            order = self.places[tokens.position[:, 1:]].flatten(1).argsort(1)
+            self._order = tokens.position, Raster(order, order.argsort(1))
         return self._order[1]
 
     def _open(self, x: Tensor, order: Tensor | None = None) -> Tensor:
@@ -57,10 +67,10 @@ class InternVit:
         patches = x[:, 1:].reshape(len(x), -1, width)
         return torch.cat([x[:, :1, :width], patches if order is None else take(patches, order)], 1)
 
-    def _close(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+    def _close(self, x: Tensor, back: Tensor | None = None) -> Tensor:
         """Join patches into tokens: the inverse of `_open`."""
         width = x.shape[2] * self.unit
-        patches = x[:, 1:] if order is None else take(x[:, 1:], order.argsort(1))
+        patches = x[:, 1:] if back is None else take(x[:, 1:], back)
         cls = torch.nn.functional.pad(x[:, :1], (0, width - x.shape[2]))
         return torch.cat([cls, patches.reshape(len(x), -1, width)], 1)
 
@@ -69,28 +79,28 @@ class InternVit:
         patches = values[:, 1:].repeat_interleave(self.unit, 1)
         return torch.cat([values[:, :1], patches if order is None else patches.gather(1, order)], 1)
 
-    def _record(self, qkv: QKV, layer: int, tokens: Tokens, bias: Tensor | None, order: Tensor) -> Attention:
-        back = torch.cat([torch.zeros_like(order[:, :1]), order.argsort(1) + 1], 1)
-        q, k, v = (t.gather(2, back[:, None, :, None].expand_as(t)) for t in qkv)
+    def _record(self, qkv: QKV, layer: int, tokens: Tokens, bias: Tensor | None, raster: Raster) -> Attention:
         bias = score_bias(tokens, bias)
-        bias = None if bias is None else self._spread(bias)
-        return UnitAttention(q, k, v, self.layers[layer].attention.scale, bias, unit=self.unit, prefix=1)
+        bias = None if bias is None else self._spread(bias, raster.order)
+        places = torch.nn.functional.pad(raster.back + 1, (1, 0))
+        return UnitAttention(*qkv, self.layers[layer].attention.scale, bias, unit=self.unit, prefix=1, places=places)
 
     def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
-        block, order = self.layers[layer], self._raster(tokens)
+        block, raster = self.layers[layer], self._raster(tokens)
+        order = raster.order
         patches, bias = self._open(tokens.x, order), log_size(tokens, layer, proportional)
         kernel = block.attention.config._attn_implementation
         spread = None if bias is None else self._spread(bias, order)
         valid, padded = self._spread(tokens.valid, order), tokens.facts.padded
         mask = key_mask(kernel, valid, patches.shape[1], False, spread, patches.dtype, padded)
         output, qkv = attend(block.attention, block.layernorm_before(patches), attention_mask=mask)
-        x = self._close(block.lambda_1 * output + patches, order)
-        return x, self._record(qkv, layer, tokens, bias, order)
+        x = self._close(block.lambda_1 * output + patches, raster.back)
+        return x, self._record(qkv, layer, tokens, bias, raster)
 
     def peek(self, layer: int, tokens: Tokens) -> Attention:
-        block, order = self.layers[layer], self._raster(tokens)
-        qkv = peek(block.attention, block.layernorm_before(self._open(tokens.x, order)), attention_mask=None)
-        return self._record(qkv, layer, tokens, None, order)
+        block, raster = self.layers[layer], self._raster(tokens)
+        qkv = peek(block.attention, block.layernorm_before(self._open(tokens.x, raster.order)), attention_mask=None)
+        return self._record(qkv, layer, tokens, None, raster)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         block, patches = self.layers[layer], self._open(x)
@@ -117,12 +127,11 @@ class InternVLAdapter(VLMAdapter):
     def __init__(self, model: Any) -> None:
         self.model, self.core, self.config = model, model.model, model.config
         self.side = round(1 / self.config.downsample_ratio)
-        depth = self.config.vision_config.num_hidden_layers
-        layer = self.config.vision_feature_layer
-        # -1: the tower's output, behind its last norm; else hidden_states[i], the input of layer i.
-        self.feature = depth if layer == -1 else layer % (depth + 1) - 1
+        self.feature = feature_layer(self.config)
         if self.feature < 0:
-            raise ValueError(f"vision_feature_layer={layer} is the embeddings, before any layer that could prune")
+            raise ValueError(
+                f"vision_feature_layer={self.config.vision_feature_layer} is the embeddings, before any layer that could prune"
+            )
         if self.config.vision_feature_select_strategy != "default":
             raise ValueError(
                 f"vision_feature_select_strategy={self.config.vision_feature_select_strategy!r} passes the class token "
@@ -152,10 +161,16 @@ class InternVLAdapter(VLMAdapter):
     def stack(self, kind: int) -> InternVit:
         return InternVit(self.core.vision_tower, self.feature, self.side)
 
-    def global_features(self, stack: InternVit, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    def global_feature(self, stack: InternVit, tokens: Tokens) -> Tensor:
         """The class token four times, in place of four patches (ours: pixel shuffle leaves it out)."""
         cls = self.projector_input(tokens)[:, 0].unflatten(1, (stack.unit, -1))[:, 0]
-        return cls.repeat(1, stack.unit), None
+        return cls.repeat(1, stack.unit)
+
+
+def feature_layer(config: Any) -> int:
+    """The 0-based tower layer whose output is read; as many as there are: behind the last norm; -1: the embeddings."""
+    depth, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    return depth if layer == -1 else layer % (depth + 1) - 1  # hidden_states[i] is the input of layer i
 
 
 def runs(image: Tensor) -> list[int]:
@@ -187,6 +202,7 @@ class InternVL(Family):
             layers_of(vision),
             rows * columns // side**2,
             vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
+            read=min(feature_layer(config) + 1, vision.num_hidden_layers),
             projector_in=vision.hidden_size * side**2,
             language=decoder_layers(config),
             vocabulary=config.text_config.vocab_size,

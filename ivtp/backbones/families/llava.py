@@ -19,6 +19,7 @@ from ivtp.backbones.text.pairing import text_sizes
 from ivtp.backbones.vision.transformers import ClipVit, Dinov2Vit
 from ivtp.backbones.vlm.adapter import ImageInput, Layout, VLMAdapter
 from ivtp.core.flops import Shape
+from ivtp.core.plan import Stage
 from ivtp.core.tokens import Tokens
 
 TOWERS = {"clip_vision_model": ClipVit, "siglip_vision_model": ClipVit, "dinov2": Dinov2Vit}
@@ -37,15 +38,11 @@ class LlavaAdapter(VLMAdapter):
     def __init__(self, model: Any) -> None:
         self.model, self.core, self.config = model, model.model, model.config
         self.of_crop = llava_shape(model)
-        layers = self.config.vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else list(layers)
-        depth = self.config.vision_config.num_hidden_layers
-        # hidden_states[i] is the input of layer i: hidden_states[-2] leaves layer depth - 2.
-        self.features = tuple(layer % (depth + 1) - 1 for layer in layers)
+        self.features = feature_layers(self.config)
         if list(self.features) != sorted(set(self.features)) or self.features[0] < 0:
             raise ValueError(
-                f"vision_feature_layer={layers}: pruning joins the outputs of different layers in their order; give "
-                "them ascending, without the embeddings (0)"
+                f"vision_feature_layer={self.config.vision_feature_layer}: pruning joins the outputs of different layers in "
+                "their order; give them ascending, without the embeddings (0)"
             )
         strategy = "default" if self.of_crop.has_cls else "full"
         if self.config.vision_feature_select_strategy != strategy:
@@ -66,11 +63,12 @@ class LlavaAdapter(VLMAdapter):
     def stack(self, kind: Hashable) -> ClipVit:
         return TOWERS[self.config.vision_config.model_type](self.core.vision_tower, self.features)
 
-    def global_features(self, stack: ClipVit, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    def global_feature(self, stack: ClipVit, tokens: Tokens) -> Tensor:
         features = self.projector_input(tokens)
-        if self.of_crop.has_cls:
-            return features[:, 0], stack.norm(tokens.x[:, 0])
-        return mean_of_real(tokens.of_visual(features), tokens), None
+        return features[:, 0] if self.of_crop.has_cls else mean_of_real(tokens.of_visual(features), tokens)
+
+    def joint_feature(self, stack: ClipVit, tokens: Tokens, stage: Stage | None) -> Tensor | None:
+        return stack.class_token(tokens, stage) if self.of_crop.has_cls else None
 
 
 class CropsAdapter(LlavaAdapter):
@@ -168,15 +166,24 @@ def llava_shape(model: Any) -> Shape:
         raise ModelError(
             f"a {config.model_type} with vision_config of type {kind!r} cannot be pruned; supported: {', '.join(TOWERS)}"
         )
-    features = config.vision_feature_layer
+    features = feature_layers(config)
     return replace(
         family_of(config.vision_config).shape(config.vision_config),
         pool=None,  # the projector reads the patches; nothing is pooled
-        projector_in=config.vision_config.hidden_size * (1 if isinstance(features, int) else len(features)),
+        read=max(features) + 1,
+        projector_in=config.vision_config.hidden_size * len(features),
         language=decoder_layers(config),
         vocabulary=config.text_config.vocab_size,
         **text_sizes(model),
     )
+
+
+def feature_layers(config: Any) -> tuple[int, ...]:
+    """The 0-based tower layers whose outputs the projector reads; -1: the embeddings."""
+    layers = config.vision_feature_layer
+    # hidden_states[i] is the input of layer i: hidden_states[-2] leaves layer depth - 2.
+    depth = config.vision_config.num_hidden_layers
+    return tuple(layer % (depth + 1) - 1 for layer in ([layers] if isinstance(layers, int) else layers))
 
 
 @register_family("llava")

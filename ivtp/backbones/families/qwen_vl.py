@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,28 @@ USUAL = (896, 896)
 """Height and width, in pixels, of the image whose cost is given where none is named."""
 
 
+class Pieces(NamedTuple):
+    """Units that attend to each other: the number of each packed unit's piece "u", and the pieces' bounds in patches."""
+
+    number: Tensor
+    bounds: Tensor
+
+
+class Packing(NamedTuple):
+    """Real units in the order of the model's own forward, those of the whole batch in a row.
+
+    order   flat place of each packed unit "u"; rope: rotary embedding of its patches "p e"
+    inside  the packed place of every unit "b v", -1: padding
+    whole, windows  its pieces in layers that attend to whole frames, and in those that attend in windows
+    """
+
+    order: Tensor
+    rope: Any
+    inside: Tensor
+    whole: Pieces
+    windows: Pieces
+
+
 class QwenVit:
     """One size of images, `grid` = (frames, rows, columns) of patches, as a stack.
 
@@ -43,7 +65,7 @@ class QwenVit:
     def __init__(self, tower: Any, grid: Grid) -> None:
         self.tower, self.grid, self.unit = tower, grid, tower.spatial_merge_unit
         self.blocks = tower.blocks
-        self.depth = len(self.blocks)
+        self.depth = self.read = len(self.blocks)  # the merger reads the last
         # Qwen2.5-VL attends in windows but for a few layers; Qwen3-VL everywhere.
         self.whole = getattr(tower, "fullatt_block_indexes", range(self.depth))
         self.taps = list(getattr(tower, "deepstack_visual_indexes", ()))
@@ -65,7 +87,7 @@ class QwenVit:
             self.window = windows[self.rank]
         places = get_vision_position_ids(thw, tower.spatial_merge_size)
         self.rope = [t.view(units, self.unit, -1) for t in tower.rotary_pos_emb(self.frame, places)]
-        self._packing: tuple[Tensor, tuple[Tensor, Tensor, Any]] | None = None
+        self._packing: tuple[Tensor, Packing] | None = None
 
     def embed(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tokens:
         """Patches of b images "b p i" as units "b v 4·d"."""
@@ -86,43 +108,44 @@ class QwenVit:
             x = x + (self.tower.pos_embed(index) * weight[:, :, None]).sum(1).to(x.dtype)
         return patch_tokens(x.view(b, -1, self.unit * x.shape[-1]), 0, False, patches)
 
-    def _pack(self, tokens: Tokens) -> tuple[Tensor, Tensor, Any]:
-        """Real units in the order of the model's own forward: flat places, tokens of the whole batch; and their rotary
-        embedding "p e"."""
+    def _pack(self, tokens: Tokens) -> Packing:
+        """Real units in the order of the model's own forward, computed once between two cuts."""
         if self._packing is None or self._packing[0] is not tokens.position:
             image = torch.arange(len(tokens.x), device=tokens.x.device)[:, None]
             order = (self.rank[tokens.position] + image * len(self.rank)).flatten().argsort(stable=True)
             order = order[tokens.valid.flatten()[order]]
             position = tokens.position.flatten()[order]
             rope = tuple(t[position].flatten(0, 1) for t in self.rope)
-            self._packing = tokens.position, (order, position, rope)
+            inside = torch.full_like(tokens.position, -1).flatten()
+            inside[order] = torch.arange(len(order), device=order.device)
+            whole = self._pieces(self.frame, order, position, tokens)
+            windows = whole if self.window is self.frame else self._pieces(self.window, order, position, tokens)
+            self._packing = tokens.position, Packing(order, rope, inside.view_as(tokens.position), whole, windows)
         return self._packing[1]
 
-    def _open(self, layer: int, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Input "p d" of a layer's attention: the packed units, their order, the number of each one's piece (the units that
-        attend to each other), and the attention's arguments for whole pieces."""
-        b, v, width = tokens.x.shape
-        order, position, rope = self._pack(tokens)
-        piece = self.frame if layer in self.whole else self.window
-        number = piece[position] + order // v * len(piece)
+    def _pieces(self, piece: Tensor, order: Tensor, position: Tensor, tokens: Tokens) -> Pieces:
+        number = piece[position] + order // tokens.x.shape[1] * len(piece)
         _, number, counts = torch.unique_consecutive(number, return_inverse=True, return_counts=True)
-        x = tokens.x.reshape(b * v, width)[order].view(-1, width // self.unit)
         bounds = torch.nn.functional.pad((counts * self.unit).cumsum(0, dtype=torch.int32), (1, 0))
-        arguments = {"cu_seqlens": bounds, "position_embeddings": rope}
-        return self.blocks[layer].norm1(x), order, number, arguments
+        return Pieces(number, bounds)
 
-    def _record(self, qkv: QKV, layer: int, tokens: Tokens, order: Tensor, number: Tensor, bias: Tensor | None):
-        inside = torch.full_like(tokens.position, -1).flatten()
-        inside[order] = torch.arange(len(order), device=order.device)
-        inside, bias = inside.view_as(tokens.position), None if bias is None else bias[None]
-        return WindowAttention(
-            *qkv, self.blocks[layer].attn.scaling, bias, unit=self.unit, inside=inside, window=number
-        )
+    def _open(self, layer: int, tokens: Tokens) -> tuple[Tensor, Packing, Pieces, dict[str, Any]]:
+        """Input "p d" of a layer's attention: the packed units, their packing, its pieces (the units that attend to each
+        other), and the attention's arguments for whole pieces."""
+        packing, width = self._pack(tokens), tokens.x.shape[2]
+        pieces = packing.whole if layer in self.whole else packing.windows
+        x = tokens.x.reshape(-1, width)[packing.order].view(-1, width // self.unit)
+        arguments = {"cu_seqlens": pieces.bounds, "position_embeddings": packing.rope}
+        return self.blocks[layer].norm1(x), packing, pieces, arguments
+
+    def _record(self, qkv: QKV, layer: int, packing: Packing, pieces: Pieces, bias: Tensor | None) -> Attention:
+        scale, bias = self.blocks[layer].attn.scaling, None if bias is None else bias[None]
+        return WindowAttention(*qkv, scale, bias, unit=self.unit, inside=packing.inside, window=pieces.number)
 
     def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
         attention = self.blocks[layer].attn
-        x, order, number, arguments = self._open(layer, tokens)
-        bias, masks = log_size(tokens, layer, proportional), None
+        x, packing, pieces, arguments = self._open(layer, tokens)
+        order, bias, masks = packing.order, log_size(tokens, layer, proportional), None
         if bias is not None:
             check_kernel(attention.config._attn_implementation, biased=True)
             bias = bias.flatten()[order].repeat_interleave(self.unit)
@@ -131,13 +154,13 @@ class QwenVit:
         output, qkv = attend(attention, x, masks=masks, **arguments)
         added = torch.zeros_like(tokens.x).flatten(0, 1)
         added[order] = output.view(len(order), -1)
-        return tokens.x + added.view_as(tokens.x), self._record(qkv, layer, tokens, order, number, bias)
+        return tokens.x + added.view_as(tokens.x), self._record(qkv, layer, packing, pieces, bias)
 
     def peek(self, layer: int, tokens: Tokens) -> Attention:
-        x, order, number, arguments = self._open(layer, tokens)
+        x, packing, pieces, arguments = self._open(layer, tokens)
         everything = torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)  # one piece shows all q, k and v
         qkv = peek(self.blocks[layer].attn, x, **arguments | {"cu_seqlens": everything})
-        return self._record(qkv, layer, tokens, order, number, None)
+        return self._record(qkv, layer, packing, pieces, None)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         block = self.blocks[layer]
@@ -203,8 +226,8 @@ class QwenVLAdapter(VLMAdapter):
     def project(self, features: Tensor) -> Tensor:
         return merged(self.tower.merger, features, self.tower.spatial_merge_unit)
 
-    def global_features(self, stack: QwenVit, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        return mean_of_real(tokens.of_visual(tokens.x), tokens), None
+    def global_feature(self, stack: QwenVit, tokens: Tokens) -> Tensor:
+        return mean_of_real(tokens.of_visual(tokens.x), tokens)
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor | None, given: Tensor | None, inputs: dict) -> Tensor:
         if given is None and inputs.get("image_grid_thw") is not None:

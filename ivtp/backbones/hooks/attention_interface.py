@@ -28,6 +28,7 @@ CACHE = "cache" if "cache" in signature(LlamaAttention.forward).parameters else 
 """transformers' name of the key-value cache, which changed in 5.24."""
 
 QKV = tuple[Tensor, Tensor, Tensor]
+KeysValues = tuple[Tensor, Tensor]
 
 
 def cache_argument(cache: object) -> dict[str, Any]:
@@ -36,13 +37,14 @@ def cache_argument(cache: object) -> dict[str, Any]:
 
 
 class _Calls(threading.local):
-    """Attention calls of this thread that are under way: the recorder of each, and the masks that its kernel gets instead.
+    """Attention calls of this thread that are under way: the recorder of each, and the masks, keys and values that its
+    kernel gets instead.
 
     They are no arguments of the call, since some modules (SigLIP) pass none on.
     """
 
     def __init__(self) -> None:
-        self.stack: list[tuple[Callable[[QKV], None], Iterator[Tensor | None] | None]] = []
+        self.stack: list[tuple[Callable[[QKV], None], Iterator[Tensor | None] | None, KeysValues | None]] = []
 
 
 _calls = _Calls()
@@ -59,9 +61,10 @@ def _recording_interface(attn_implementation: str, default: Callable) -> Callabl
     kernel = _get_interface(attn_implementation, default)
     if not _calls.stack:
         return kernel
-    record, masks = _calls.stack[-1]
+    record, masks, keys_values = _calls.stack[-1]
 
     def recording(module, query, key, value, attention_mask=None, *more, **kwargs):
+        key, value = keys_values or (key, value)
         record((query, key, value))
         if masks is not None:
             attention_mask = next(masks)
@@ -74,20 +77,26 @@ ALL_ATTENTION_FUNCTIONS.get_interface = _recording_interface
 
 
 def attend(
-    module: Any, hidden_states: Tensor, *, masks: Iterator[Tensor | None] | None = None, **kwargs: Any
+    module: Any,
+    hidden_states: Tensor,
+    *,
+    masks: Iterator[Tensor | None] | None = None,
+    keys_values: KeysValues | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, QKV]:
     """Call the attention module as it is; returns its output and the (q, k, v) of its kernel.
 
     masks  for the kernel's calls in place of the module's own: one per piece of a packed sequence, whose q, k, v are joined
+    keys_values  for the kernel in place of the module's own: those of more tokens than `hidden_states` has
     """
     records: list[QKV] = []
-    output = _call(module, hidden_states, records.append, masks, **kwargs)
+    output = _call(module, hidden_states, (records.append, masks, keys_values), **kwargs)
     q, k, v = records[0] if len(records) == 1 else (torch.cat(t, 2) for t in zip(*records, strict=True))
     return output[0] if isinstance(output, tuple) else output, (q, k, v)
 
 
-def _call(module: Any, hidden_states: Tensor, record: Callable, masks: Iterator[Tensor | None] | None, **kwargs: Any):
-    _calls.stack.append((record, masks))
+def _call(module: Any, hidden_states: Tensor, call: tuple, **kwargs: Any):
+    _calls.stack.append(call)
     try:
         return module(hidden_states, **kwargs)
     finally:
@@ -107,7 +116,7 @@ def peek(module: Any, hidden_states: Tensor, **kwargs: Any) -> QKV:
         raise _Enough
 
     with suppress(_Enough):
-        _call(module, hidden_states, record, None, **kwargs)
+        _call(module, hidden_states, (record, None, None), **kwargs)
     return records[0]
 
 
@@ -190,12 +199,11 @@ def key_mask(
     whole = queries in (1, m) and not (form in ADDITIVE and causal and queries > 1)
     if whole and bias is None and not padded:
         return None
-    mask = valid[:, None, None, :].expand(-1, 1, queries, -1)
+    mask = valid[:, None, None, :]  # of one query, for all of them
     if causal:
         place = torch.arange(m - queries, m, device=valid.device)
         mask = mask & (torch.arange(m, device=valid.device) <= place[:, None])
-    if form is sdpa_mask and bias is None:
-        return mask
-    low = torch.finfo(dtype).min
-    added = torch.zeros_like(valid, dtype=dtype) if bias is None else bias.to(dtype)
-    return added[:, None, None, :].expand_as(mask).masked_fill(~mask, low)
+    if form is not sdpa_mask or bias is not None:
+        added = torch.zeros_like(valid, dtype=dtype) if bias is None else bias.to(dtype)
+        mask = added[:, None, None, :].expand_as(mask).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask.expand(-1, 1, queries, -1)

@@ -76,6 +76,11 @@ class PrunedLayer(DynamicLayer):
                     "ivtp.prune with the same settings, or start without a cache"
                 )
             self.keys_seen, self.expected = self.expected, None
+        if not self.is_initialized:
+            # The base class would copy keys and values behind an empty tensor, and so hold them twice for a while.
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
         return super().update(key_states, value_states, *args, **kwargs)
 
     def hide(self, hidden: Tensor) -> None:
@@ -144,7 +149,7 @@ def fill(
     mask: Tensor,
     origin: Origin,
 ) -> None:
-    """Fill an empty cache, in place, with the keys and values of a prefill.
+    """Fill an empty cache, in place, with the keys and values of a prefill, which are not copied.
 
     image  "b n" True: an image token of the prompt
     mask   "b n" False: padding
@@ -265,11 +270,14 @@ def check_positions(position_ids: Tensor, valid: Tensor, following: Tensor) -> N
 
 
 def join(memories: Sequence[Memory], keys: Sequence[Sequence[Keys]], order: Tensor) -> tuple[Memory, list[Keys]]:
-    """Join keys and values of several groups of prompts to one batch, padded on the left, its rows in `order`."""
-    memory = [
-        (pad_left([k for k, _ in layer], 2)[order], pad_left([v for _, v in layer], 2)[order])
-        for layer in zip(*memories, strict=True)
-    ]
+    """Join keys and values of several groups of prompts to one batch, padded on the left, its rows in `order`.
+
+    The groups' lists are emptied on the way, so that no layer is held twice.
+    """
+    memory = []
+    while memories[0]:
+        layer = [own.pop(0) for own in memories]
+        memory.append(tuple(pad_left(list(states), 2)[order] for states in zip(*layer, strict=True)))
     layers = []
     for layer in zip(*keys, strict=True):
         ragged = len({own.valid.shape[1] for own in layer}) > 1

@@ -61,7 +61,7 @@ class Llama:
         remembers: bool = False,
     ) -> None:
         self.decoder, self.layers = decoder, decoder.layers[: decoder.config.num_hidden_layers]
-        self.depth = len(self.layers)
+        self.depth = self.read = len(self.layers)
         self.cache, self.renumber, self.rope, self.remembers = cache, renumber, rope, remembers
         self.cached = pruned_layers(cache)
         self.keys: list[Keys] = []
@@ -69,6 +69,7 @@ class Llama:
         self.part1 = 0
         self.on_part1: Callable[[Tokens], Tokens] | None = None
         self._rotary: tuple[Tensor, Any] | None = None
+        self._masked: tuple[Tensor, Tensor | None] | None = None
 
     def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
         block = self.layers[layer]
@@ -78,11 +79,10 @@ class Llama:
         else:
             keys = self.cached[layer].expect(keys)
         self.keys.append(keys)
-        kernel, n = block.self_attn.config._attn_implementation, tokens.x.shape[1]
         output, (q, k, v) = attend(
             block.self_attn,
             block.input_layernorm(tokens.x),
-            attention_mask=key_mask(kernel, keys.valid, n, True, bias, tokens.x.dtype, keys.padded),
+            attention_mask=self._mask(tokens, keys, bias),
             position_embeddings=self._position_embeddings(tokens, keys.valid),
             **cache_argument(self.cache),
         )
@@ -122,6 +122,19 @@ class Llama:
             if self.remembers:
                 keys, values = self.memory[layer]
                 self.memory[layer] = keys[:, :, :-1], values[:, :, :-1]
+
+    def _mask(self, tokens: Tokens, keys: Keys, bias: Tensor | None) -> Tensor | None:
+        """Mask of the kernel, without a bias computed once between two cuts."""
+
+        def mask() -> Tensor | None:
+            kernel, n = self.decoder.config._attn_implementation, tokens.x.shape[1]
+            return key_mask(kernel, keys.valid, n, True, bias, tokens.x.dtype, keys.padded)
+
+        if bias is not None:
+            return mask()
+        if self._masked is None or self._masked[0] is not keys.valid:
+            self._masked = keys.valid, mask()
+        return self._masked[1]
 
     def _position_embeddings(self, tokens: Tokens, valid: Tensor) -> Any:
         position = tokens.position
@@ -167,10 +180,6 @@ class Prefilled:
     memory: Memory
     cuts: list[Kept]
     early: Tensor | None
-
-    def with_own_memory(self) -> Prefilled:
-        """Copy keys and values: those of a CUDA graph lie in its own memory, which its next run overwrites."""
-        return replace(self, memory=[(k.clone(), v.clone()) for k, v in self.memory])
 
 
 def prefill(
@@ -223,12 +232,12 @@ def compiled(how: str | Mapping) -> Callable[..., Prefilled]:
         torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(recompile_limit=LIMIT, accumulated_recompile_limit=LIMIT):
             output = graph(decoder, head, plan, *arguments)
-        # The outputs of a CUDA graph lie in its own memory, which its next run overwrites. Keys and values are copied
-        # into the cache anyway.
+        # The outputs of a CUDA graph lie in its own memory, which its next run overwrites.
         return replace(
             output,
             hidden=output.hidden.clone(),
             keys=[Keys(keys.valid.clone(), keys.padded) for keys in output.keys],
+            memory=[(keys.clone(), values.clone()) for keys, values in output.memory],
             cuts=[replace(cut, position=cut.position.clone(), valid=cut.valid.clone()) for cut in output.cuts],
             early=None if output.early is None else output.early.clone(),
         )

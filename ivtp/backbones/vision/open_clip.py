@@ -42,7 +42,7 @@ class OpenClipVit:
 
     def __init__(self, model: Any) -> None:
         self.model, self.blocks = model, model.transformer.resblocks
-        self.depth = len(self.blocks)
+        self.depth = self.read = len(self.blocks)
 
     def embed(self, image: Tensor, grid: tuple[int, int] | None = None) -> Tokens:
         """Patches behind the class token, "b 1+v d"; `grid`: rows and columns that the image is shrunk to."""

@@ -49,7 +49,8 @@ class TimmVit:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.depth, self.prefix = model, len(model.blocks), model.num_prefix_tokens
+        self.model, self.prefix = model, model.num_prefix_tokens
+        self.depth = self.read = len(model.blocks)
         self.rope: Tensor | None = None  # of the patches of this batch: "v 2e", or per layer and head "l h v 2e"
         self.row = torch.empty(0)  # of `rope`, for each place in the image
 

@@ -18,6 +18,7 @@ from ivtp.backbones.hooks.replacing import replaced
 from ivtp.backbones.vision.patches import VisionRun, patch_tokens, shrink, spread, with_feature
 from ivtp.core.attention import Attention
 from ivtp.core.flops import Layers, Shape
+from ivtp.core.plan import NOTHING, Stage
 from ivtp.core.tokens import Tokens
 
 
@@ -34,6 +35,7 @@ class ClipVit:
         self.tower = getattr(model, "vision_model", model)
         self.layers = self.tower.encoder.layers
         self.depth, self.features = len(self.layers), features
+        self.read = features[-1] + 1 if features else self.depth
         self.prefix = int(hasattr(self.tower.embeddings, "class_embedding"))
 
     def embed(
@@ -52,11 +54,35 @@ class ClipVit:
 
     def attend(self, layer: int, tokens: Tokens, proportional: bool) -> tuple[Tensor, Attention]:
         bias = log_size(tokens, layer, proportional)
-        kernel = self.tower.config._attn_implementation
-        mask = key_mask(kernel, tokens.valid, tokens.x.shape[1], False, bias, tokens.x.dtype, tokens.facts.padded)
         # The mask goes to the kernel directly: before transformers 5.24 DINOv2's module takes none.
-        output, qkv = attend(*self._attention(layer, tokens.x), masks=iter([mask]))
+        masks = iter([self._mask(tokens, tokens.x.shape[1], bias)])
+        output, qkv = attend(*self._attention(layer, tokens.x), masks=masks)
         return tokens.x + self._branch(layer, 1, output), self._record(layer, qkv, tokens, bias)
+
+    def class_token(self, tokens: Tokens, stage: Stage | None) -> Tensor:
+        """Class token "b d" behind the last norm, of tokens that left the tower under a stage: the layers that nobody read
+        are run, the last of them for the class token alone."""
+        stage = NOTHING if stage is None else stage
+        attended, fed = stage.schedule.reach(self.read)
+        last, x = self.depth - 1, tokens.x
+        for layer in range(fed, last):
+            x = x if layer < attended else self.attend(layer, tokens.with_x(x), stage.proportional)[0]
+            x = self.mlp(layer, x)
+        cls = x[:, :1]
+        if attended <= last:
+            module, states = self._attention(last, x)
+            bias = log_size(tokens, last, stage.proportional)
+            _, keys, values = peek(module, states)
+            masks = iter([self._mask(tokens, 1, bias)])
+            output, _ = attend(module, states[:, :1], masks=masks, keys_values=(keys, values))
+            cls = cls + self._branch(last, 1, output)
+        if fed <= last:
+            cls = self.mlp(last, cls)
+        return self.norm(cls[:, 0])
+
+    def _mask(self, tokens: Tokens, queries: int, bias: Tensor | None) -> Tensor | None:
+        kernel = self.tower.config._attn_implementation
+        return key_mask(kernel, tokens.valid, queries, False, bias, tokens.x.dtype, tokens.facts.padded)
 
     def peek(self, layer: int, tokens: Tokens) -> Attention:
         return self._record(layer, peek(*self._attention(layer, tokens.x)), tokens, None)
@@ -103,6 +129,7 @@ class Dinov2Vit(ClipVit):
     def __init__(self, model: Any, features: tuple[int, ...] = ()) -> None:
         self.tower, self.layers, self.features = model, model.encoder.layer, features
         self.depth, self.prefix = len(self.layers), 1
+        self.read = features[-1] + 1 if features else self.depth
 
     def embed(self, pixels: Tensor, grid: tuple[int, int] | None = None, **masks: Any) -> Tokens:
         for mask in ("bool_masked_pos", "attention_mask"):

@@ -17,22 +17,29 @@ class UnitAttention(Attention):
 
     A unit's row is the mean of its patches' rows and its column their sum, so that rows still sum to one. Its key and ‖V‖
     are the means over its patches.
+
+    places  for the prefix and for every patch, unit by unit, its place in q, k, v "b m"; None: they stand in this order
     """
 
     unit: int = 1
     prefix: int = 0
+    places: Tensor | None = None
 
     def rows(self, index: Tensor) -> Tensor:
         if bool((index < self.prefix).all()):
             return self._fold(super().rows(index))
         first = torch.where(index < self.prefix, index, self.prefix + (index - self.prefix) * self.unit)
         step = torch.arange(self.unit, device=index.device) * (index >= self.prefix)[:, :, None]
-        rows = super().rows((first[:, :, None] + step).flatten(1))
+        patches = (first[:, :, None] + step).flatten(1)
+        rows = super().rows(patches if self.places is None else self.places.gather(1, patches))
         return self._fold(rows.unflatten(1, (-1, self.unit)).mean(2))
 
     def propagate(self, w: Tensor) -> Tensor:
         spread = (w[:, self.prefix :] / self.unit).repeat_interleave(self.unit, 1)
-        return self._fold(super().propagate(torch.cat([w[:, : self.prefix], spread], 1)))
+        spread = torch.cat([w[:, : self.prefix], spread], 1)
+        if self.places is not None:
+            spread = torch.zeros_like(spread).scatter(1, self.places, spread)
+        return self._fold(super().propagate(spread))
 
     def map(self) -> Tensor:
         n = self.prefix + (self.q.shape[2] - self.prefix) // self.unit
@@ -46,6 +53,8 @@ class UnitAttention(Attention):
 
     def _fold(self, values: Tensor, mean: bool = False) -> Tensor:
         """Fold the last axis from patches to tokens."""
+        if self.places is not None:
+            values = values.gather(-1, self.places.view(len(values), *[1] * (values.ndim - 2), -1).expand_as(values))
         units = values[..., self.prefix :].unflatten(-1, (-1, self.unit))
         return torch.cat([values[..., : self.prefix], units.mean(-1) if mean else units.sum(-1)], -1)
 

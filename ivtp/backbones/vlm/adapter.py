@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ivtp.core.flops import Shape
+from ivtp.core.plan import Stage
 from ivtp.core.tokens import Tokens
 
 
@@ -107,9 +108,14 @@ class VLMAdapter(Protocol):
         """Project "c n f" to "c n d" of the language model."""
         return self.core.multi_modal_projector(features)
 
-    def global_features(self, stack: Any, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """Global feature of each crop "c f", in projector-input space and, if available, in CLIP's joint space."""
+    def global_feature(self, stack: Any, tokens: Tokens) -> Tensor:
+        """Global feature of each crop "c f", in projector-input space."""
         ...
+
+    def joint_feature(self, stack: Any, tokens: Tokens, stage: Stage | None) -> Tensor | None:
+        """Global feature of each crop "c d" that CLIP projects into its joint space, of tokens that left the tower under a
+        stage; None: this tower has none. It is computed only where guidance reads it."""
+        return None
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor | None, given: Tensor | None, inputs: dict) -> Tensor:
         """RoPE positions of a prompt: "b n", or "3 b n"; by default counted from 0, padding included."""

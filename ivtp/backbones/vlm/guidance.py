@@ -43,13 +43,12 @@ class Guidance:
     def reference(self, plan: Plan, prompts: Prompts, slots: ImageSlots) -> tuple[Tensor, list | None]:
         """The token appended for part 1 (Eq. 8), pseudo CLS or projected visual CLS "b d"; and the words of the former."""
         with self.options.part("text_encoder"):
-            feature, clip_feature = slots.global_features
-            visual_cls = self.adapter.project(feature[:, None])[:, 0]
+            visual_cls = self.adapter.project(slots.global_feature[:, None])[:, 0]
             if plan.reference == "visual_cls" or self.guide is None:
                 return visual_cls, None
             x, of = self.embed(prompts.input_ids), (prompts.numbers, prompts.total)
             if plan.reads_clip:
-                relevance, words = self.guide(prompts.input_ids, prompts.valid, clip_feature, of)
+                relevance, words = self.guide(prompts.input_ids, prompts.valid, slots.joint_feature(), of)
             else:
                 fit = torch.cosine_similarity(x.float(), visual_cls[:, None].float(), dim=-1)
                 relevance, words = self.guide.spelled_out(prompts.input_ids, prompts.valid, fit, of)

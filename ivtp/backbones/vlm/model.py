@@ -131,7 +131,7 @@ class PrunedModel:
             for numbers in groups.values():
                 slots = ImageSlots.of(encoded, [assigned[number] for number in numbers])
                 output, trace = self._read(prompts.group(numbers), slots, remembers)
-                outputs.append(output.with_own_memory())
+                outputs.append(output)
                 traces.append(trace)
             order = torch.tensor([row for numbers in groups.values() for row in numbers], device=ids.device).argsort()
             hidden = pad_left([output.hidden for output in outputs], 1)[order]
@@ -157,8 +157,8 @@ class PrunedModel:
             plan, count = self.planner.prompt([encoded.layout.shape for encoded, _ in slots.images]), slots.count
         image = prompts.image_tokens(self.image_token_id, count)
         first = torch.zeros_like(prompts.input_ids[:, :1]) if slots is None else image[:, :1]
-        embedded = self.core.get_input_embeddings()(prompts.input_ids)
-        tokens, words = assemble(prompts, embedded, image, slots, self.adapter.separator), None
+        embed = self.core.get_input_embeddings()
+        tokens, words = assemble(prompts, embed(prompts.input_ids), image, slots, self.adapter.separator), None
         appended = False
         if slots is not None and plan.cuts_language(tokens.visual_count):
             tokens = self.guidance.rated(plan, tokens, prompts, slots)

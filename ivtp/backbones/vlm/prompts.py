@@ -74,7 +74,7 @@ class ImageSlots:
     size: Tensor
     real: Tensor
     sample: Tensor
-    global_features: tuple[Tensor, Any]
+    global_feature: Tensor
     taps: Tensor | None
     ragged: bool
 
@@ -89,9 +89,16 @@ class ImageSlots:
         if not images:
             return None
 
+        in_order = [
+            numbers == tuple(e.rows) for numbers, (e, _) in zip(zip(*assigned, strict=True), images, strict=True)
+        ]
+
         def side_by_side(name: str) -> Any:
             values = [getattr(encoded, name) for encoded, _ in images]
-            return None if values[0] is None else torch.cat([t[i] for t, (_, i) in zip(values, images, strict=True)], 1)
+            if values[0] is None:
+                return None
+            values = [t if whole else t[rows] for t, (_, rows), whole in zip(values, images, in_order, strict=True)]
+            return values[0] if len(values) == 1 else torch.cat(values, 1)
 
         ranks, feature_slots, separators, slots, features = [], [], [], 0, 0
         for encoded, rows in images:
@@ -113,21 +120,24 @@ class ImageSlots:
             size=side_by_side("size"),
             real=side_by_side("real"),
             sample=sample,
-            global_features=(mean_of_images(images, 0), mean_of_images(images, 1)),
+            global_feature=mean_of_images([encoded.global_feature[rows] for encoded, rows in images]),
             taps=side_by_side("taps"),
             ragged=any(encoded.ragged for encoded, _ in images),
         )
+
+    def joint_feature(self) -> Any:
+        """Global feature of the images of each prompt for CLIP's joint space "b d", if available."""
+        features = [(encoded.joint_feature(), rows) for encoded, rows in self.images]
+        known = [feature[rows] for feature, rows in features if feature is not None]
+        return mean_of_images(known) if known else None
 
     def joint(self) -> Tensor:
         """Every visual token in CLIP's joint space "b v c"."""
         return torch.cat([encoded.joint()[rows] for encoded, rows in self.images], 1)
 
 
-def mean_of_images(images: Sequence[tuple[EncodedImages, Tensor]], space: int) -> Any:
-    """Global feature of all images of each prompt, in the first (projector) or second (CLIP) space: their mean."""
-    if images[0][0].global_features[space] is None:
-        return None
-    features = [encoded.global_features[space][rows] for encoded, rows in images]
+def mean_of_images(features: list[Tensor]) -> Tensor:
+    """Global feature of all images of each prompt "b f": the mean of those of its images."""
     return features[0] if len(features) == 1 else torch.stack(features).mean(0)
 
 

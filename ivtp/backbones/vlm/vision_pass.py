@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class EncodedImages:
     rank      "i v" rank among the feature slots of every visual token that is left, in raster order
     features  "i v d"; taps: DeepStack's
     real      "i v" False where a token is only padding or has no slot; ragged: False if all of `real` is known to be True
-    global_features  of each image, in projector-input space and, if available, in CLIP's joint space
+    global_feature  of each image "i f", in projector-input space
+    joint_feature   the same for CLIP's joint space "i d", if available
     joint     every visual token in CLIP's joint space "i v c"
     """
 
@@ -39,17 +41,18 @@ class EncodedImages:
     real: Tensor
     ragged: bool
     sample: Tensor
-    global_features: tuple[Tensor, Any]
+    global_feature: Tensor
+    joint_feature: Callable[[], Tensor | None]
     taps: Tensor | None
     joint: Callable[[], Tensor]
 
 
 class TowerOutput(NamedTuple):
-    """Tokens that left the tower, a row per crop, with its cuts and the global features of the crops."""
+    """Tokens that left the tower, a row per crop, with its cuts and the global feature of each crop."""
 
     tokens: Tokens
     cuts: list[Kept]
-    global_features: tuple[Tensor, Any]
+    global_feature: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,12 @@ class VisionPass:
             return self._through_tower(stack, plan, pixels[first].flatten(0, 1))
 
         with self.part("vision"):
-            tokens, cuts, of_crops = self.cache(plan, contents[first], compute) if self.cache else compute()
-            rows = (owner[:, None] * crops + torch.arange(crops, device=owner.device)).flatten()
-            cuts = [replace(cut, position=cut.position[rows], valid=cut.valid[rows]) for cut in cuts]
-            tokens = tokens.samples(rows)
+            left, cuts, of_crops = self.cache(plan, contents[first], compute) if self.cache else compute()
+            tokens = left
+            if len(first) < images:
+                rows = (owner[:, None] * crops + torch.arange(crops, device=owner.device)).flatten()
+                cuts = [replace(cut, position=cut.position[rows], valid=cut.valid[rows]) for cut in cuts]
+                tokens = left.samples(rows)
         with self.part("projector"):
             features = self.adapter.project(tokens.of_visual(self.adapter.projector_input(tokens)))
             if layout.blend is not None:
@@ -119,8 +124,11 @@ class VisionPass:
             output = self.adapter.projector_input(tokens)[:, :, -layout.shape.vision.width :]
             return in_order(stack.norm(tokens.of_visual(output)))
 
-        def of_image(space: Any) -> Any:
-            return None if space is None else space.unflatten(0, (-1, crops))[owner, layout.base]
+        @cache
+        def joint_feature() -> Tensor | None:
+            base = torch.arange(layout.base, len(left.x), crops, device=owner.device)
+            feature = self.adapter.joint_feature(stack, left.samples(base), plan.vision)
+            return None if feature is None else feature[owner]
 
         taps = tokens.feature if layout.shape.taps else None
         room = len(layout.feature_slots)
@@ -133,7 +141,8 @@ class VisionPass:
             real=real,
             ragged=layout.blend is None and (tokens.facts.padded or room < layout.shape.tokens),
             sample=tokens.sample.view(images, crops)[:, 0],
-            global_features=(of_image(of_crops[0]), of_image(of_crops[1])),
+            global_feature=of_crops.unflatten(0, (-1, crops))[owner, layout.base],
+            joint_feature=joint_feature,
             taps=None if taps is None else in_order(tokens.of_visual(taps)),
             joint=joint,
         )
@@ -144,7 +153,7 @@ class VisionPass:
         outputs = []
         for some in crops.split(self.batch or len(crops)):
             tokens, cuts = traverse(stack, stack.embed(some, plan.image), plan.vision, self.part)
-            outputs.append(TowerOutput(tokens, cuts, self.adapter.global_features(stack, tokens)))
+            outputs.append(TowerOutput(tokens, cuts, self.adapter.global_feature(stack, tokens)))
         return outputs[0] if len(outputs) == 1 else joined(outputs)
 
 
@@ -173,13 +182,11 @@ def pruned_slots(layout: Layout, tokens: Tokens, images: int) -> Slots:
 
 def joined(outputs: Sequence[TowerOutput]) -> TowerOutput:
     """Outputs for the parts of a batch as one output."""
-    tokens, cuts, spaces = zip(*outputs, strict=True)
+    tokens, cuts, features = zip(*outputs, strict=True)
     rows = [len(part.x) for part in tokens]
     order = torch.arange(sum(rows), device=tokens[0].x.device)
     trace = merged([Trace(vision=own_cuts) for own_cuts in cuts], rows, order)
-    first, clip = zip(*spaces, strict=True)
-    features = torch.cat(first), None if clip[0] is None else torch.cat(clip)
-    return TowerOutput(Tokens.together(tokens), trace.vision, features)
+    return TowerOutput(Tokens.together(tokens), trace.vision, torch.cat(features))
 
 
 def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
