@@ -1,7 +1,7 @@
 # `make help` lists what there is. PYTHON chooses the interpreter: make test PYTHON=.venv/bin/python
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help install constraints lint format test test-lowest test-newest slurm docs run cost wheel ci clean
+.PHONY: help install constraints lint format test test-lowest test-newest slurm gpu docs run cost wheel ci clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test-newest: ## All that has to pass, with the newest versions
 
 slurm: ## Experiments under a Slurm of this machine, as root: apt-get install slurm-wlm munge
 	bash tests/slurm/cluster.sh $(PYTHON) tests/slurm/check.py
+
+gpu: ## All that needs a GPU, in at most eight minutes; DEVICE=cpu is the rehearsal
+	$(PYTHON) tests/gpu/run.py device=$(or $(DEVICE),cuda)
 
 docs: ## Build the documentation into docs/_build, warnings as errors
 	$(PYTHON) -m sphinx -W -b html docs docs/_build

@@ -29,7 +29,7 @@ def load_model(
     text_encoder: str | Path | TextEncoder | None = None,
     *,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
     device_map: str | dict | None = None,
@@ -48,6 +48,7 @@ def load_model(
                   format, "open_clip:NAME@TAG" (each may end in @revision), or a `TextEncoder` of your own;
                   default: the folder `clip` inside the checkpoint, or the CLIP that the tower is known to come from. It
                   is loaded only when a plan needs it, its text half alone.
+    device        default: the CPU; a model that you give stays where it is
     device_map    accelerate's: the device of each part of the model, in place of `device`
     load_in_4bit  weights in 4 bits (NF4) by bitsandbytes; they stay where they are loaded
     trust_remote_code  run code that comes with a checkpoint; never unless asked
@@ -68,21 +69,22 @@ def load_model(
     from ivtp.backbones.hooks.packed_linear import pack as pack_linears
     from ivtp.backbones.text.pairing import as_text_encoder, attach, crop_limit_of
 
-    check_device(device)
+    place = "cpu" if device is None else device
+    check_device(place)
     text_encoder = as_text_encoder(text_encoder)
     model: Any = source
     if isinstance(source, nn.Module):
         where = getattr(source, "name_or_path", "") or ""
     else:
         where = str(EMBEDDED.get(str(source), source))
-        placement = _placement(device, device_map, load_in_4bit)
+        placement = _placement(place, device_map, load_in_4bit)
         settings = placement | ({"attn_implementation": attn_implementation} if attn_implementation else {})
         model, own_processor, where = _from_pretrained(where, dtype, revision, trust_remote_code, settings)
         if processor is None and image_padding is None and str(source) not in EMBEDDED:
             warn_if_cropped(str(source), model, own_processor)
         processor = processor or own_processor
     model = model.eval().requires_grad_(False)
-    if isinstance(source, nn.Module) or not placement:
+    if device is not None and (isinstance(source, nn.Module) or not placement):
         model = model.to(device)
     check_finite(str(source) if isinstance(source, (str, Path)) else type(source).__name__, model)
     if pack:

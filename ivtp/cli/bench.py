@@ -16,7 +16,7 @@ class Arguments:
     """`python -m ivtp.bench suite=cpu`: speed-up by pruning, beside the one that FLOPs promise; random weights.
 
     suite   cpu: ViT-L/14-336 with a decoder of 1B, minutes on two cores
-            gpu: LLaVA-1.5-7B, and LLaVA-NeXT-7B with 2880 visual tokens, bfloat16, under ten minutes on one GPU
+            gpu: LLaVA-1.5-7B, and LLaVA-NeXT-7B with 2880 visual tokens, bfloat16, minutes on one GPU
             tiny: seconds, to test the benchmark itself
             lead: all pruners on a small LLaVA at 64 and 192 tokens, batch 1 and 8, time and peak memory
             pipeline: the loop of a run over its model alone, with 0, 1, 2 and 4 workers, minutes

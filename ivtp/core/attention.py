@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ivtp.core.kernels import column_sums, streamed_sums
+from ivtp.core.kernels import TRITON, column_sums, streamed_sums
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Attention:
     def propagate(self, w: Float[Tensor, "b n"]) -> Float[Tensor, "b m"]:
         """`w @ A`: the weighted sum of the rows; `w` is never negative. w = 1/n gives column means.
 
-        On a GPU two fused attentions (`ivtp.core.kernels`), elsewhere a stream over blocks of rows: there a softmax
-        in the cache is cheaper than a fused kernel, which computes values that are not needed.
+        On a GPU two kernels of Triton, where it is there, else a stream over blocks of rows (`ivtp.core.kernels`).
         """
         bias = None if self.bias is None else self._low(self.bias)
-        sums = column_sums if self.q.is_cuda and self.q.dtype != torch.float64 else streamed_sums
+        fused = TRITON and self.q.is_cuda and self.q.dtype != torch.float64
+        sums = column_sums if fused else streamed_sums
         with torch.no_grad():
             total = sums(self.q, self.k, w, bias, self.scale, self.causal)
         return self._hide(total[:, None])[:, 0] / self.q.shape[1]
@@ -64,7 +64,8 @@ class Attention:
     def value_norm(self) -> Float[Tensor, "b m"]:
         """‖V_i‖ of the value vectors with all heads concatenated (arXiv 2111.15667, as its published code does)."""
         groups = self.q.shape[1] // self.v.shape[1]
-        return (self.v.float().square().sum(dim=(1, 3)) * groups).sqrt()
+        norm = torch.linalg.vector_norm(self.v, dim=(1, 3), dtype=torch.float32)
+        return norm if groups == 1 else norm * groups**0.5
 
     def keys(self) -> Float[Tensor, "b m e"]:
         """Keys, mean over heads: the metric of ToMe (arXiv 2210.09461)."""

@@ -147,11 +147,15 @@ def importance(row: Tensor, last: Attention, tokens: Tokens, value_norm: bool) -
     """Eq. 4: the row over the visual tokens, weighed by ‖V‖, normalised to sum to one."""
     if value_norm:
         row = row * last.value_norm()
-    score = tokens.of_visual(row).masked_fill(~tokens.of_visual(tokens.valid), 0.0)
+    score = tokens.of_visual(row)
+    if tokens.facts.padded:
+        score = score.masked_fill(~tokens.of_visual(tokens.valid), 0.0)
     total = score.sum(1, keepdim=True)
     return hide_padding(score / torch.where(total > 0, total, 1.0), tokens)
 
 
 def hide_padding(score: Tensor, tokens: Tokens) -> Tensor:
     """Score padding -inf, so that it is never chosen before a real token."""
+    if not tokens.facts.padded:
+        return score
     return score.masked_fill(~tokens.of_visual(tokens.valid), float("-inf"))

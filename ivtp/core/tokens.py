@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,12 @@ class Selection:
     weight: Float[Tensor, "b k v"] | None = None
 
 
+Shorten = Callable[[Tensor], Tensor]
+"""A field "b n ..." → the same without the tokens that go."""
+Place = Callable[[Tensor, Tensor], Tensor]
+"""A field "b n ..." and new values of the kept tokens "b k ..." → the field without the tokens that go, with these values."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """Statistics of a batch's masks as Python numbers, kept to avoid a GPU synchronisation per layer.
@@ -40,20 +46,25 @@ class Facts:
     padded  False: no token is padding
     lone    True: every sample has exactly one reference token
     lead    tokens before the first visual one where the first of all is the reference (class token, registers), else 0
+    start   place of the first visual token where they stand side by side from there in every sample; None: maybe nowhere
     """
 
     visual: int
     padded: bool = False
     lone: bool = True
     lead: int = 0
+    start: int | None = None
 
     @classmethod
     def of(cls, valid: Bool[Tensor, "b n"], visual: Bool[Tensor, "b n"], reference: Bool[Tensor, "b n"]) -> Facts:
         """Read the statistics from the masks, at the price of one synchronisation."""
-        lead = visual[0].int().argmax() * reference[0, 0]
+        first, number = visual[0].int().argmax(), visual[0].sum()
         lone = (reference.sum(1) == 1).all()
-        count, padded, one, before = torch.stack([visual[0].sum(), ~valid.all(), lone, lead]).tolist()
-        return cls(count, bool(padded), bool(one), before)
+        place = torch.arange(visual.shape[1], device=visual.device)
+        solid = (visual == ((place >= first) & (place < first + number))).all()
+        facts = torch.stack([number, ~valid.all(), lone, first * reference[0, 0], first, solid])
+        count, padded, one, lead, start, solid = facts.tolist()
+        return cls(count, bool(padded), bool(one), lead, start if solid else None)
 
 
 @dataclass(frozen=True)
@@ -137,8 +148,9 @@ class Tokens:
         return indices(~self.visual, self.visual.shape[1] - self.visual_count)
 
     def of_visual(self, values: Tensor) -> Tensor:
-        """The visual columns of `values` "b n ..." as "b v ..."."""
-        return take(values, self.visual_index)
+        """The visual columns of `values` "b n ..." as "b v ..."; a view where they stand side by side."""
+        start = self.facts.start
+        return take(values, self.visual_index) if start is None else values[:, start : start + self.visual_count]
 
     def with_x(self, x: Tensor) -> Tokens:
         """The same tokens with new hidden states, and all other fields on their device."""
@@ -151,36 +163,50 @@ class Tokens:
 
         This is the only place where a sequence changes length by pruning: every field is rewritten together.
         """
-        visual_index = self.visual_index
-        kept = take(visual_index, selection.index)
-
-        # Text and separators may stand between visual tokens, so kept tokens take the sorted places of the kept ones. A
-        # selection in another order fills those places in its order.
-        others = self.other_index
-        order = torch.cat([others, kept.sort(dim=1).values], 1).argsort(dim=1, stable=True)
-        source = torch.cat([others, kept], 1).gather(1, order)
-        sizes = take(self.size, visual_index)
-
-        def placed(values: Tensor, kept: Tensor) -> Tensor:
-            return take(torch.cat([take(values, others), kept.to(values.dtype)], 1), order)
+        shortened, placed = self._side_by_side(selection) if self.facts.start is not None else self._apart(selection)
+        sizes = self.of_visual(self.size)
 
         def reduced(values: Tensor) -> tuple[Tensor, Tensor]:
-            return reduce(take(values, visual_index), sizes, scores, selection)
+            return reduce(self.of_visual(values), sizes, scores, selection)
 
-        (x, size), valid = reduced(self.x), take(self.valid, kept)
+        x, size = reduced(self.x)
+        valid = shortened(self.valid)
         if selection.valid is not None:
-            valid = valid & selection.valid
+            valid = placed(self.valid, take(self.of_visual(self.valid), selection.index) & selection.valid)
         padded = self.facts.padded or selection.valid is not None
         return self._each(
-            lambda values: take(values, source),
+            shortened,
             x=placed(self.x, x),
             size=placed(self.size, size),
-            valid=placed(self.valid, valid),
+            valid=valid,
             sample=self.sample,
             feature=None if self.feature is None else placed(self.feature, reduced(self.feature)[0]),
             state=None,
             facts=replace(self.facts, visual=selection.index.shape[1], padded=padded),
         )
+
+    def _apart(self, selection: Selection) -> tuple[Shorten, Place]:
+        """Functions that shorten a field, and that put new values of the kept tokens in place, wherever visual tokens stand."""
+        kept, others = take(self.visual_index, selection.index), self.other_index
+        # Text and separators may stand between visual tokens, so kept tokens take the sorted places of the kept ones. A
+        # selection in another order fills those places in its order.
+        order = torch.cat([others, kept.sort(dim=1).values], 1).argsort(dim=1, stable=True)
+        source = torch.cat([others, kept], 1).gather(1, order)
+
+        def placed(values: Tensor, kept: Tensor) -> Tensor:
+            return take(torch.cat([take(values, others), kept.to(values.dtype)], 1), order)
+
+        return lambda values: take(values, source), placed
+
+    def _side_by_side(self, selection: Selection) -> tuple[Shorten, Place]:
+        """The same where visual tokens stand side by side: no place needs to be looked for, which on a GPU takes longer than
+        to move the tokens."""
+        start, end = self.facts.start, self.facts.start + self.visual_count
+
+        def placed(values: Tensor, kept: Tensor) -> Tensor:
+            return torch.cat([values[:, :start], kept.to(values.dtype), values[:, end:]], 1)
+
+        return lambda values: placed(values, take(values[:, start:end], selection.index)), placed
 
     def samples(self, index: Int[Tensor, " c"]) -> Tokens:
         """The sequences of the batch at `index`, repeated or reordered."""
@@ -190,7 +216,12 @@ class Tokens:
     def together(cls, parts: Sequence[Tokens]) -> Tokens:
         """Sequences of one length and with as many visual tokens, as one batch."""
         each = [part.facts for part in parts]
-        facts = replace(each[0], padded=any(facts.padded for facts in each), lone=all(facts.lone for facts in each))
+        facts = replace(
+            each[0],
+            padded=any(facts.padded for facts in each),
+            lone=all(facts.lone for facts in each),
+            start=each[0].start if len({facts.start for facts in each}) == 1 else None,
+        )
         fields: dict[str, Any] = {
             name: None if value is None else torch.cat([getattr(part, name) for part in parts])
             for name, value in vars(parts[0]).items()
@@ -221,10 +252,14 @@ class Tokens:
 
     def _each(self, change: Callable[[Tensor], Tensor], **fields: Any) -> Tokens:
         """The tokens with these fields, and with every other tensor changed, in a way that leaves the facts true."""
-        for name, value in vars(self).items():
+        for name in FIELDS:  # not vars(self): the compiler of torch 2.11 cannot follow it
             if name not in fields:
+                value = getattr(self, name)
                 fields[name] = change(value) if isinstance(value, Tensor) else value
         return Tokens(**fields)
+
+
+FIELDS = tuple(field.name for field in fields(Tokens))
 
 
 def indices(mask: Bool[Tensor, "b n"], count: int) -> Int[Tensor, "b k"]:
@@ -238,7 +273,9 @@ def indices(mask: Bool[Tensor, "b n"], count: int) -> Int[Tensor, "b k"]:
 def take(values: Tensor, index: Int[Tensor, "b k"]) -> Tensor:
     """Gather along the token axis: `values` "b n ..." at `index` "b k" gives "b k ...", a token's vector at a time."""
     if values.ndim == 2:
-        return values.take_along_dim(index, 1)
+        return values.gather(1, index)
+    if not values.is_contiguous():  # part of a sequence: side by side it would have to be copied
+        return values[torch.arange(len(index), device=index.device)[:, None], index]
     return values.flatten(0, 1).index_select(0, flat(index, values.shape[1])).unflatten(0, index.shape)
 
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from ivtp import __version__
 from ivtp import results as store
 from ivtp.backbones.text.pairing import crop_limit_of, guide_for
 from ivtp.core.flops import Shape
@@ -246,7 +247,7 @@ def machine(device: str, kernel: str | None = None) -> dict:
     except OSError:  # no git here
         git = ""
     return {
-        "versions": {"ivtp": version("ivtp"), "python": platform.python_version()}
+        "versions": {"ivtp": __version__, "python": platform.python_version()}
         | {package: version(package) for package in VERSIONED},
         "git": git or None,
         "machine": {"device": device} | hardware(device, kernel) | {"ranks": ranks.world()},

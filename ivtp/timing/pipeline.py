@@ -1,4 +1,4 @@
-"""The loop of a run over its model alone: whether decoding and processors keep up with a device."""
+"""The loop of a run over its model alone: whether decoding and processors keep up with a device, waited for or real."""
 
 import json
 import tempfile
@@ -10,20 +10,27 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from lightning import Trainer
 from PIL import Image
 
 from ivtp import results as store
+from ivtp.backbones import shape_of
 from ivtp.data.batches import Batch
 from ivtp.data.datamodule import Collate, QuestionData
 from ivtp.data.questions import Questions
+from ivtp.evaluation.answering import Answer
 from ivtp.evaluation.isolated import Isolated, OutcomeWriter
+from ivtp.pruners import load_pruner
 from ivtp.timing.measure import Run, interleave, ratio
 from ivtp.timing.models import LLAVA_7B, LLAVA_NEXT_7B, Size, tokenizer
 
 SIZE = (640, 480)
 WORDS = 40
 """Words of a question."""
+CPU = torch.device("cpu")
+TOKENS = 8
+"""Tokens of an answer."""
 PROCESSORS = {"clip": LLAVA_7B, "llava_next": LLAVA_NEXT_7B}
 """Models whose processors are timed."""
 
@@ -56,13 +63,34 @@ def pipeline(load: Load, rounds: int, processors: Sequence[str] = tuple(PROCESSO
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_photographs(folder, load.images)
-        return {name: over_model(processor_of(PROCESSORS[name]), folder, load, rounds) for name in processors}
+        waiting = Waiting(load.wait)
+        return {name: over_model(waiting, processor_of(PROCESSORS[name]), folder, load, rounds) for name in processors}
 
 
-def over_model(processor: Any, folder: Path, load: Load, rounds: int) -> dict:
+def end_to_end(model: Any, size: Size, keep: int, load: Load, rounds: int) -> dict:
+    """The same with a model in place of the waiting: images per second unpruned and under IVTP, answers of TOKENS tokens."""
+    processor = processor_of(size)
+    generation = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_photographs(folder, load.images)
+        found = {}
+        shape = shape_of(model)
+        plans = {"unpruned": load_pruner("none", shape), "ivtp": load_pruner("ivtp", shape, keep=keep)}
+        for label, plan in plans.items():
+            module = Answer(model, processor, plan, generation=generation)
+            found[label] = over_model(module, processor, folder, load, rounds, model.device)
+    return found | {"tokens": TOKENS}
+
+
+def over_model(
+    module: Isolated, processor: Any, folder: Path, load: Load, rounds: int, device: torch.device = CPU
+) -> dict:
     """Images per second of the model alone and of the loop, for one processor."""
     data = QuestionData(Questions(folder), Collate(processor, "<image> {question}"), load.batch)
-    ready, module = list(data.test_dataloader()), Waiting(load.wait)
+    ready = [batch.to(device) for batch in data.test_dataloader()]
+    data.pin = device.type == "cuda"
+    where = {"accelerator": "gpu", "devices": [device.index or 0]} if data.pin else {"accelerator": "cpu", "devices": 1}
 
     def model() -> None:
         for number, batch in enumerate(ready):
@@ -72,12 +100,13 @@ def over_model(processor: Any, folder: Path, load: Load, rounds: int) -> dict:
         data.workers = workers
         extras = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         written = OutcomeWriter(lambda outcomes: store.append(folder / f"outcomes-{workers}.jsonl", outcomes))
-        trainer = Trainer(callbacks=[written], accelerator="cpu", devices=1, **dict.fromkeys(extras, False))
+        trainer = Trainer(callbacks=[written], **where, **dict.fromkeys(extras, False))
         trainer.test(module, datamodule=data, verbose=False)
 
     runs: dict[str, Run] = {"model": Run(model)}
     runs |= {str(workers): Run(lambda workers=workers: loop(workers)) for workers in load.workers}
-    seconds = interleave(runs, rounds, warmup=0)
+    module.test_step(ready[0], 0)
+    seconds = interleave(runs, rounds, device, warmup=0)
     return {
         "images": load.images,
         "batch": load.batch,
@@ -115,4 +144,5 @@ def processor_of(size: Size) -> Any:
         kind = LlavaNextProcessor
         image_processor = LlavaNextImageProcessor(**images, image_grid_pinpoints=config.image_grid_pinpoints)
     more = {"patch_size": size.vision["patch_size"], "vision_feature_select_strategy": "default"}
-    return kind(image_processor, tokenizer(1000), **more, num_additional_image_tokens=1)
+    words = tokenizer(min(1000, size.text["vocab_size"]))
+    return kind(image_processor, words, **more, num_additional_image_tokens=1)

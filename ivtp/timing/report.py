@@ -13,6 +13,12 @@ BOUNDS = (
     ("rollout_over_dense.time", "a group's rollout: times faster than dense maps", "≥ {}", {"cpu": 5, "gpu": 5}),
     ("rollout_over_dense.memory", "a group's rollout: times less memory", "≥ {}", {"cpu": 10, "gpu": 10}),
     ("loop_overhead", "our loop without a pruner over the model's own forward", "≤ {}", {"cpu": 1.03, "gpu": 1.03}),
+    (
+        "end_to_end_over_model",
+        "from JPEG files to answers: images per second over the model alone",
+        "≥ {}",
+        {"gpu": 0.9},
+    ),
     ("import_seconds", "import of ivtp beyond torch, seconds", "≤ {}", {"cpu": 1.0, "gpu": 1.0}),
     (
         "pipeline.clip.over_model.2.median",
@@ -35,7 +41,10 @@ def tables(record: dict) -> list[Table]:
         return _lead(record)
     for case in record["cases"]:
         parts += [_prefill(case), _parts(case), _operators(case)]
-    return [*parts, _decoding(record), _throughput(record["throughput"]), _peers(record), _rollout(record["rollout"])]
+    parts += [_methods(compared) for compared in record["methods"]]
+    parts += [_end_to_end(loop) for loop in record["end_to_end"]]
+    parts += [_decoding(record), _throughput(record["throughput"]), _peers(record), _rollout(record["rollout"])]
+    return parts + ([_sums(record["sums"])] if record["sums"] else [])
 
 
 def _bounds(record: dict) -> Table:
@@ -165,6 +174,55 @@ def _peers(record: dict) -> Table:
         for name, value in part["seconds"].items()
     ]
     return Table("Prefill of peer methods", ["", "", "ms", "over SDPA", "peak MB", "KV cache MB"], rows)
+
+
+def _methods(part: dict) -> Table:
+    rows = [
+        [
+            name,
+            _interval(row["seconds"], 1e3),
+            _interval(row["speedup"]),
+            f"{row['promised']:.3g}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{row['cache_bytes'] / 1e6:.0f}",
+        ]
+        for name, row in part["rows"].items()
+    ]
+    heads = ["method, visual tokens", "ms; median [95 %]", "speed-up", "promised by FLOPs", "peak MB", "KV cache MB"]
+    return Table(f"{_case(part)}: prefill of methods", heads, rows)
+
+
+def _end_to_end(part: dict) -> Table:
+    rows = []
+    for name in ("unpruned", "ivtp"):
+        rates, over = part[name]["images_per_second"], part[name]["over_model"]
+        rows.append([name, "the model alone", f"{rates['model']:.4g}", ""])
+        rows += [[name, f"workers={n}", f"{rates[n]:.4g}", _interval(value)] for n, value in over.items()]
+    one = part["ivtp"]
+    title = (
+        f"{_model(part)}: from JPEG files to {part['tokens']} tokens, {one['images']} images, batches of {one['batch']}"
+    )
+    return Table(title, ["", "", "images per second", "over the model alone"], rows)
+
+
+def _sums(rows: list[dict]) -> Table:
+    heads = ["tokens", "ms", "ms from the map", "times faster", "MB", "MB of the map", "error of the largest"]
+    return Table(
+        "Weighted column sums of a causal attention, 32 heads of 128",
+        heads,
+        [
+            [
+                str(row["n"]),
+                _interval(row["seconds"]["sums"], 1e3),
+                _interval(row["seconds"]["dense"], 1e3),
+                _interval(row["dense_over_sums"]),
+                f"{row['peak_bytes']['sums'] / 1e6:.4g}",
+                f"{row['peak_bytes']['dense'] / 1e6:.4g}",
+                f"{row['error']['sums']:.1e}",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def _pipeline(record: dict) -> Table:

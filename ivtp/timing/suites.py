@@ -15,9 +15,10 @@ from ivtp.registry import UserError
 from ivtp.timing import models
 from ivtp.timing.decoding import decoding
 from ivtp.timing.measure import Run, interleave, limits, machine, ratio, summary
+from ivtp.timing.methods import compare_methods, compare_sums
 from ivtp.timing.models import Size, build
 from ivtp.timing.peers import compare_peers, missing_kvpress, rollout_over_dense
-from ivtp.timing.pipeline import Load, pipeline
+from ivtp.timing.pipeline import Load, end_to_end, pipeline
 from ivtp.timing.prefill import Case, measure
 from ivtp.timing.throughput import throughput
 
@@ -43,6 +44,9 @@ class Suite:
 
     batches   cases of the throughput, at their longest text
     steps     generated tokens; decoding and peers run on the first of the last cases of every size
+    methods   methods whose prefill is compared, each at a ninth and a third of the tokens, at every batch size
+    sums      lengths at which the column sums of attention are compared with those of its map
+    load      images that go through the loop of a run, from JPEG files to answers
     main_job  also time the embedded main job
     """
 
@@ -52,6 +56,9 @@ class Suite:
     steps: int
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    methods: tuple[str, ...] = ()
+    sums: tuple[int, ...] = ()
+    load: Load | None = None
     main_job: bool = False
 
 
@@ -65,14 +72,17 @@ SUITES = {
     ),
     "gpu": Suite(
         (
-            Cases(models.LLAVA_7B, 64, texts=(64, 512), batches=(1, 8)),
-            Cases(models.LLAVA_NEXT_7B, 320, texts=(64,), batches=(1, 8)),
+            Cases(models.LLAVA_7B, 64, batches=(1, 8)),
+            Cases(models.LLAVA_NEXT_7B, 320, batches=(1, 8)),
         ),
-        Cases(models.LLAVA_7B, 64, batches=(1, 8, 32)),
-        rounds=11,
-        steps=64,
+        Cases(models.LLAVA_7B, 64, batches=(1, 8)),
+        rounds=7,
+        steps=32,
         device="cuda",
         dtype=torch.bfloat16,
+        methods=("ivtp", "fastv", "visionzip", "tome", "divprune"),
+        sums=(577, 2880, 8192),
+        load=Load(images=160, batch=8, workers=(0, 8)),
     ),
     "tiny": Suite(
         (
@@ -83,6 +93,9 @@ SUITES = {
         Cases(models.SMALL, 9, texts=(31,), batches=(1, 3)),
         rounds=3,
         steps=3,
+        methods=("fastv", "tome"),
+        sums=(33,),
+        load=Load(images=3, batch=2, workers=(0,)),
     ),
 }
 
@@ -97,9 +110,17 @@ def with_model(suite: Suite, name: str) -> Suite:
 
 
 def run(
-    name: str, rounds: int | None = None, model: str | None = None, say: Callable[[str], None] = lambda line: None
+    name: str,
+    rounds: int | None = None,
+    model: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    save: Callable[[dict], None] = lambda record: None,
 ) -> dict:
-    """Run a suite, on the sizes of `model` if given, and return its record; `say` is called with each step."""
+    """Run a suite, on the sizes of `model` if given, and return its record.
+
+    say   called with each step
+    save  called with the lists of the record whenever one of them has grown
+    """
     if name == PIPELINE:
         return run_pipeline(rounds or 3, model, say)
     suite = with_model(SUITES[name], model) if model else SUITES[name]
@@ -111,7 +132,8 @@ def run(
     system = machine(suite.device, "sdpa") | {"dtype": str(suite.dtype).removeprefix("torch.")}
     say("peak rates of the machine")
     best = limits(suite.device, suite.dtype)
-    cases, decoded, peers = [], [], []
+    cases, decoded, peers, methods, loops = [], [], [], [], []
+    lists = {"cases": cases, "methods": methods, "decoding": decoded, "peers": peers, "end_to_end": loops}
     last = {group.size.name: group for group in suite.cases}
     for group in suite.cases:
         say(f"{group.size.name}: random weights{', packed' * group.packed}")
@@ -121,12 +143,24 @@ def run(
         for case in (Case(network, batch, text, group.keep) for text in group.texts for batch in group.batches):
             say(f"{group.size.name}: prefill, batch {case.batch}, {case.text} text tokens")
             cases.append(about_model | measure(case, rounds, best))
+            save(lists)
         if group is last[group.size.name]:
             missing = missing_kvpress()
             say(f"{group.size.name}: peers{f' ({missing})' if missing else ''}")
             peers.append(about_model | compare_peers(first, few, warmup))
             say(f"{group.size.name}: {suite.steps} generated tokens")
             decoded.append(about_model | decoding(first, few, suite.steps, warmup))
+            save(lists)
+            for batch in group.batches if suite.methods else ():
+                say(f"{group.size.name}: methods, batch {batch}")
+                keeps = [shape_of(network).tokens // part for part in (9, 3)]
+                compared = compare_methods(network, suite.methods, keeps, batch, group.texts[0], few, warmup)
+                methods.append(about_model | compared)
+                save(lists)
+            if suite.load and not group.packed:
+                say(f"{group.size.name}: from JPEG files to answers")
+                loops.append(about_model | end_to_end(network, group.size, group.keep, suite.load, 1))
+                save(lists)
         del network, first, case
     say(f"{suite.batches.size.name}: batches")
     many = suite.batches
@@ -137,6 +171,10 @@ def run(
     del network
     say("a group's rollout")
     rollout = rollout_over_dense(suite.device, suite.dtype, rounds)
+    sums = []
+    if suite.sums:
+        say("column sums of attention")
+        sums = compare_sums(suite.device, suite.dtype, suite.sums, rounds)
     say("imports")
     imports = import_times(rounds)
     record = {
@@ -145,12 +183,12 @@ def run(
         "speedup_over_promise": cases[-1]["speedup_over_promise"],
         "rollout_over_dense": {"time": rollout["time"]["median"], "memory": rollout["memory"]},
         "loop_overhead": cases[-1]["loop_overhead"]["median"],
+        "end_to_end_over_model": list(loops[-1]["ivtp"]["over_model"].values())[-1]["median"] if loops else None,
         "import_seconds": imports["ivtp"]["median"],
         "machine": system,
         "limits": best,
-        "cases": cases,
-        "decoding": decoded,
-        "peers": peers,
+        **lists,
+        "sums": sums,
         "throughput": batched,
         "rollout": rollout,
         "imports": imports,

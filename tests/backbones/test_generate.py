@@ -38,7 +38,7 @@ def answer(model, tokens: int = 3, cache=None, **asked):
 
 def question(mask, length: int, seed: int, padded: bool = True):
     """New text behind a conversation, and the mask of all: rows of different length, padded on the left."""
-    ids = torch.randint(5, 200, (len(mask), length), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(5, 200, (len(mask), length), generator=torch.Generator().manual_seed(seed)).to(mask.device)
     valid = torch.ones_like(ids)
     if padded:
         valid[1:, :2] = 0
@@ -546,7 +546,7 @@ def test_a_long_second_turn_in_chunks():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an offloaded cache needs a GPU to be offloaded from")
 def test_an_offloaded_cache_decodes_the_same():
-    model, first = FAMILIES["llava"]()[0].cuda(), {k: v.cuda() for k, v in batch("llava").items()}
+    model, first = copy.deepcopy(family("llava")[0]).cuda(), {k: v.cuda() for k, v in batch("llava").items()}
     with ivtp.prune(model, "fastv", keep=11):
         expected = answer(model, **first)
         out, logits = answer(model, cache_implementation="offloaded", **first)

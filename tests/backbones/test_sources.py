@@ -151,7 +151,7 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     assert said("cuda") == "device='cuda' is not here; here are: cpu"
     assert said("gpu0") == "device='gpu0' is not a device of torch; here are: cpu"
-    assert said(None).endswith("here are: cpu")
+    assert said(1.5).endswith("here are: cpu")
     assert said("cuda", load_encoder, "transformers", "tiny_clip") == "device='cuda' is not here; here are: cpu"
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)

@@ -8,6 +8,8 @@ import torch
 from conftest import byte_tokenizer, make_text_encoder, shake
 from PIL import Image
 
+from helpers.place import placed
+
 TEXTS = ("what color is the round thing ?", "how many cube are there left of it ?", "is the thing small ?")
 TEXT = {
     "hidden_size": 48,
@@ -268,7 +270,7 @@ def encode(name: str, texts, images) -> dict:
     _, processor, image = family(name)
     prompts = [image * len(own) + text for text, own in zip(texts, images, strict=True)]
     flat = [picture for own in images for picture in own]
-    return dict(processor(images=flat or None, text=prompts, return_tensors="pt", padding=True))
+    return placed(dict(processor(images=flat or None, text=prompts, return_tensors="pt", padding=True)))
 
 
 def batch(name: str, texts=TEXTS, size: tuple[int, int] | None = None) -> dict:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from helpers.place import reference
+
 
 def hidden_from(cuts, depth: int, patches: int, batch: int):
     """Per layer "b patches": True where a patch was cut before the layer's attention."""
@@ -118,6 +120,7 @@ def timm_features(model, pixels, cuts):
     return model.norm(x)
 
 
+@reference
 def llava_logits(model, input_ids, pixel_values, attention_mask, vision, language, position_ids=None, renumber=False):
     """Logits "b n vocabulary" over the whole sequence, and "b n" of what is left in the end.
 
@@ -157,6 +160,7 @@ def llava_logits(model, input_ids, pixel_values, attention_mask, vision, languag
 # Eq. 2–4 of the paper, written out in float64
 
 
+@reference
 def dense_map(q, k, scale, bias=None, causal=False):
     """Eq. 2: A = softmax(q kᵀ · scale + bias), mean over heads; query heads share keys in order (GQA)."""
     q, k = q.double(), k.double()
@@ -174,6 +178,7 @@ def dense_map(q, k, scale, bias=None, causal=False):
     return total / h
 
 
+@reference
 def dense_rollout(maps, combine="residual"):
     """Eq. 3: the first layer of the group has no residual. For mean and max: over the maps (their reference row)."""
     if combine == "mean":
@@ -211,6 +216,7 @@ def choose(scores, hidden, keep):
     return order.sort(dim=1).values, gone
 
 
+@reference
 def ivtp_vision(tower, pixels, schedule):
     """GTP in transformers' CLIP tower on the whole sequence: pruned tokens are hidden, never removed.
 
@@ -239,6 +245,7 @@ def ivtp_vision(tower, pixels, schedule):
     return kept, states, hidden
 
 
+@reference
 def ivtp_language(model, x, valid, image, hidden, schedule, pseudo, part1):
     """Stage 2 on the whole prompt with the pseudo CLS "b d" behind it for `part1` layers; kept positions per cut."""
     decoder = model.model.language_model

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from helpers.place import reference
 from helpers.reference import clip_states, hidden_from, mask4d, siglip_layers, with_prefix
 
 
@@ -141,6 +142,7 @@ def internvl_features(model, batch, cuts):
     return model.model.multi_modal_projector(units.flatten(1, 2))
 
 
+@reference
 def family_logits(model, batch, sequences, trace, mask=None):
     """Logits "b n vocabulary" of the whole, unshortened sequences (prompts and what was generated behind them), and
     "b n" of what is left in the end; `mask`: 0 on padding, where there is some behind the prompts too."""

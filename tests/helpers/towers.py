@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from helpers.place import reference
 from helpers.reference import clip_states, dinov2_linears, dinov2_states, open_clip_states, siglip_states, timm_features
 from ivtp.backbones.vision.open_clip import OpenClipVit
 from ivtp.backbones.vision.timm import TimmVit
@@ -33,6 +34,7 @@ def answers(kind: str, model, pixels):
     return out.last_hidden_state, out.pooler_output
 
 
+@reference
 def masked(kind: str, model, pixels, cuts):
     """The states of the unmodified modules on all tokens, those that a cut removed hidden from then on."""
     if is_timm(kind):
@@ -44,6 +46,7 @@ def masked(kind: str, model, pixels, cuts):
     return siglip_states(model, pixels, cuts) if kind.startswith("siglip") else clip_states(model, pixels, cuts)[-1]
 
 
+@reference
 def pooled(kind: str, model, states):
     """What the unmodified model makes of states "b n d"."""
     if is_timm(kind):
@@ -74,6 +77,7 @@ def mixed_in(kind: str, model, layer: int, x, heads):
     return x + model.encoder.layers[layer].self_attn.out_proj(heads)
 
 
+@reference
 def left(kept, real, prefix: int) -> torch.Tensor:
     """Where the tokens that are left of one sample stand in the whole sequence."""
     return torch.cat([torch.arange(prefix), kept[real] + prefix])

@@ -70,11 +70,28 @@ def test_the_bench_prints_one_object_with_the_ratios_it_is_asked_for(capfd):
         for name, whole in found["answer"].items():
             first, token = found["first"][name]["median"], found["token"][name]["median"]
             assert 0 < first < first + token < whole["median"] * 1.001
+    for found in record["methods"]:
+        rows = found["rows"]
+        assert set(rows) == {
+            "unpruned",
+            *(f"{name} {keep}" for name in ("fastv", "tome") for keep in found_keeps(found)),
+        }
+        whole = rows.pop("unpruned")
+        assert all(row["cache_bytes"] < whole["cache_bytes"] and row["promised"] > 1 for row in rows.values())
+    assert [found["n"] for found in record["sums"]] == [33] and record["sums"][0]["error"]["sums"] < 1e-6
+    for found in record["end_to_end"]:
+        for name in ("unpruned", "ivtp"):
+            assert set(found[name]["over_model"]) == {"0"} and found[name]["images"] == 3
     # The ratios of the suite are those of its last case.
     assert record["scoring_overhead"] == record["cases"][-1]["scoring_overhead"]["median"]
     known = set(record) | {f"rollout_over_dense.{name}" for name in record["rollout_over_dense"]} | {"main_job_seconds"}
     known.add("pipeline.clip.over_model.2.median")  # of suite=pipeline
     assert {key for key, *_ in BOUNDS} <= known
+
+
+def found_keeps(found: dict) -> tuple[int, int]:
+    """A ninth and a third of the tokens."""
+    return (2, 8) if found["model"] == "tiny" else (13, 41)
 
 
 @pytest.mark.parametrize(

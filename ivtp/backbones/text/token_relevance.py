@@ -46,6 +46,7 @@ class Guide:
         # A word without a token of its own is a word; begin and end marks, padding and roles are not.
         self.ignored = {image_token_id, *tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - marks)
         self.instructions: Sequence[str] | None = None
+        self._texts: dict[int, str] = {}
 
     def __call__(
         self, input_ids: Tensor, valid: Tensor, cls: Tensor, of: Of | None = None
@@ -58,30 +59,42 @@ class Guide:
         prompts = self._prompts(input_ids, valid, of)
         texts = list(dict.fromkeys(prompt.instruction for prompt in prompts))
         spelled = dict(zip(texts, self.encoder.encode(texts), strict=True))
-        scores = torch.full(input_ids.shape, float("-inf"), device=input_ids.device)
-        for sample, prompt in enumerate(prompts):
-            clip = spelled[prompt.instruction]
-            scores[sample, prompt.places] = align(relevance(joint[sample], clip.features), clip.spans, prompt.spans)
-        return scores, self._words(prompts, scores)
+        fits = [relevance(cls, spelled[p.instruction].features) for cls, p in zip(joint, prompts, strict=True)]
+        # Fetched at once and aligned here: on a GPU every small tensor on the way there would wait for it.
+        here = torch.cat(fits).cpu().split([len(fit) for fit in fits])
+        scores = torch.full(input_ids.shape, float("-inf"))
+        for row, prompt, fit in zip(scores, prompts, here, strict=True):
+            row[prompt.places] = align(fit, spelled[prompt.instruction].spans, prompt.spans)
+        return scores.to(input_ids.device), self._words(prompts, scores)
 
     def spelled_out(
         self, input_ids: Tensor, valid: Tensor, fit: Tensor, of: Of | None = None
     ) -> tuple[Tensor, list[Words]]:
         """Relevance "b n" from a fit "b n" that needs no text encoder, with the words as in a call of the guide."""
-        scores, prompts = torch.full_like(fit, float("-inf")), self._prompts(input_ids, valid, of)
+        here, prompts = fit.cpu(), self._prompts(input_ids, valid, of)
+        scores = torch.full_like(here, float("-inf"))
         for sample, prompt in enumerate(prompts):
             length = len(squeeze(prompt.instruction))
             inside = [max(start, 0) < min(end, length) for start, end in prompt.spans]
             places = [place for place, spells in zip(prompt.places, inside, strict=True) if spells]
-            scores[sample, places] = fit[sample, places]
-        return scores, self._words(prompts, scores)
+            scores[sample, places] = here[sample, places]
+        return scores.to(fit.device), self._words(prompts, scores)
 
     def _words(self, prompts: Sequence[Prompt], scores: Tensor) -> list[Words]:
         """Each text token of each prompt with its relevance."""
         return [
-            [(self.tokenizer.decode([i]), row[place]) for i, place in zip(prompt.ids, prompt.places, strict=True)]
-            for prompt, row in zip(prompts, scores.tolist(), strict=True)
+            [
+                (self._text_of(token), value)
+                for token, value in zip(prompt.ids, row[prompt.places].tolist(), strict=True)
+            ]
+            for prompt, row in zip(prompts, scores, strict=True)
         ]
+
+    def _text_of(self, token: int) -> str:
+        """Text of one token, looked up once."""
+        if token not in self._texts:
+            self._texts[token] = self.tokenizer.decode([token])
+        return self._texts[token]
 
     def fit(self, input_ids: Tensor, valid: Tensor, patches: Tensor, of: Of | None = None) -> Tensor:
         """Cosine "b v" of every patch (after the tower's last norm, "b v d") with the whole instruction of its prompt, mean
@@ -98,17 +111,19 @@ class Guide:
 
     def _prompts(self, input_ids: Tensor, valid: Tensor, of: Of | None) -> list[Prompt]:
         numbers, batch = of or (range(len(input_ids)), len(input_ids))
-        rows = zip(numbers, input_ids.tolist(), valid.tolist(), strict=True)
-        return [self._read(number, batch, row, real) for number, row, real in rows]
+        # Image tokens are padding here: there are thousands of them.
+        rows = input_ids.masked_fill(~valid, self.image_token_id).cpu()
+        return [self._read(number, batch, row) for number, row in zip(numbers, rows, strict=True)]
 
-    def _read(self, sample: int, batch: int, row: list[int], real: list[bool]) -> Prompt:
+    def _read(self, sample: int, batch: int, row: Tensor) -> Prompt:
         """The text tokens of one prompt and the letters of the instruction that each one spells.
 
         Where the instruction does not occur in the decoded prompt (unknown words, literal special tokens, letters that
         the tokenizer normalises), its own tokens are looked up in the prompt's. A token that is not part of it spells
         nothing, and is never relevant.
         """
-        own = [(i, t) for i, (t, v) in enumerate(zip(row, real, strict=True)) if v and t != self.image_token_id]
+        places = (row != self.image_token_id).nonzero()[:, 0]
+        own = list(zip(places.tolist(), row[places].tolist(), strict=True))
         keep = [(i, t) for i, t in own if t not in self.ignored]
         text, spans = self._spell([t for _, t in keep])
         instruction = self._instruction(sample, batch, text)

@@ -53,8 +53,9 @@ class OpenClipVit:
         # open_clip resizes its position embeddings when it loads a checkpoint: bicubic, antialiased.
         table = model.positional_embedding
         patches = table[1:].T.reshape(1, -1, *model.grid_size)
-        patches = nn.functional.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
-        small = nn.Parameter(torch.cat([table[:1], patches.flatten(2)[0].T]), requires_grad=False)
+        # In float32: not every device interpolates narrower numbers.
+        patches = nn.functional.interpolate(patches.float(), grid, mode="bicubic", antialias=True, align_corners=False)
+        small = nn.Parameter(torch.cat([table[:1], patches.to(table).flatten(2)[0].T]), requires_grad=False)
         with set_to(small, model, "positional_embedding"):
             x = model._embeds(shrink(image, grid, model.patch_size))
         return spread(patch_tokens(x, 1, True, image), grid, model.grid_size)

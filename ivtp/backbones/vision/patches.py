@@ -49,7 +49,7 @@ def patch_tokens(x: Tensor, prefix: int, has_cls: bool, pixels: Tensor) -> Token
         reference=place == 0 if has_cls else place >= prefix,
         position=(place - prefix).expand(x.shape[0], -1),
         sample=sample_number(pixels),
-        facts=Facts(x.shape[1] - prefix, lone=has_cls, lead=prefix if has_cls else 0),
+        facts=Facts(x.shape[1] - prefix, lone=has_cls, lead=prefix if has_cls else 0, start=prefix),
     )
 
 

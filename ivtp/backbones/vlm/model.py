@@ -112,8 +112,8 @@ class PrunedModel:
     def _prefill(self, call: Call) -> PrunedOutput:
         """Encode the images, run the prompts through the decoder in groups, and fill the cache."""
         ids, options = call.input_ids, self.options
-        images, assigned = images_of_prompts(self.adapter, self.image_token_id, ids, call.inputs)
-        prompts = Prompts.of(call, self.adapter, self.plan.language is not None or self.read_at > 0)
+        images, assigned, start = images_of_prompts(self.adapter, self.image_token_id, ids, call.inputs)
+        prompts = Prompts.of(call, self.adapter, self.plan.language is not None or self.read_at > 0, start)
         tower = VisionPass(self.adapter, self.planner, self.vision_batch, options.part, options.vision_cache)
         encoded, vision = tower.encode(images)
 

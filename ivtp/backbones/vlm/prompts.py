@@ -20,8 +20,9 @@ from ivtp.registry import UserError
 
 def images_of_prompts(
     adapter: VLMAdapter, image_token_id: int, input_ids: Tensor, inputs: dict
-) -> tuple[list[ImageInput], list[list[int]]]:
-    """Images of a batch, and their numbers for each prompt, in order: as many as fill its image tokens.
+) -> tuple[list[ImageInput], list[list[int]], int | None]:
+    """Images of a batch, and their numbers for each prompt, in order: as many as fill its image tokens; and the place of
+    the first image token, where in every prompt all stand side by side from there.
 
     `generate` repeats prompts for its beams, but not their images.
     """
@@ -29,7 +30,10 @@ def images_of_prompts(
     prompts = input_ids[::beams]
     images = adapter.image_inputs(prompts, inputs)
     sizes = [len(adapter.layout(image.kind).slots) for image in images]
-    counts = (prompts == image_token_id).sum(1).tolist()
+    image = (prompts == image_token_id).int()
+    counts, first, behind = torch.stack([image.sum(1), image.argmax(1), image.cumsum(1).argmax(1) + 1]).tolist()
+    spans = {(start, end - start) for start, end in zip(first, behind, strict=True)}
+    start = first[0] if len(spans) == 1 and spans == {(first[0], counts[0])} else None
     assigned, number = [], 0
     for prompt, count in enumerate(counts):
         own, free = [], count
@@ -51,7 +55,7 @@ def images_of_prompts(
         )
     repeated = [own for own in assigned for _ in range(beams)]
     numbers = iter(range(beams * len(images)))
-    return [images[i] for own in repeated for i in own], [[next(numbers) for _ in own] for own in repeated]
+    return [images[i] for own in repeated for i in own], [[next(numbers) for _ in own] for own in repeated], start
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Prompts:
     valid      "b n" False: padding; padded: whether there is any
     positions  RoPE positions "b n", or "3 b n"
     numbers    numbers of these prompts among the `total` of the call
+    start      place of the first image token, where in every prompt all stand side by side from there
     """
 
     input_ids: Tensor
@@ -156,9 +161,10 @@ class Prompts:
     positions: Tensor
     numbers: Sequence[int]
     total: int
+    start: int | None = None
 
     @classmethod
-    def of(cls, call: Call, adapter: VLMAdapter, reads_last: bool) -> Prompts:
+    def of(cls, call: Call, adapter: VLMAdapter, reads_last: bool, start: int | None) -> Prompts:
         """All prompts of a call; `reads_last`: the last token of each is needed, so that it must not be padding."""
         check_prompt_mask(call.input_ids, call.attention_mask)
         mask = call.attention_mask
@@ -170,7 +176,7 @@ class Prompts:
             )
         positions = adapter.positions(call.input_ids, mask, call.position_ids, call.inputs)
         total = len(call.input_ids)
-        return cls(call.input_ids, valid, padded, positions, range(total), total)
+        return cls(call.input_ids, valid, padded, positions, range(total), total, start)
 
     def group(self, numbers: Sequence[int]) -> Prompts:
         """Some of the prompts, without the padding that all of them have on the left."""
@@ -219,7 +225,9 @@ def assemble(
         position=place,
         valid=valid,
         sample=mix(slots.sample + words),
-        facts=Facts(visual.shape[1], prompts.padded),
+        facts=Facts(
+            visual.shape[1], prompts.padded, start=prompts.start if image.shape[1] == visual.shape[1] else None
+        ),
     )
     real = None if not slots.ragged or bool(slots.real.all()) else slots.real
     if slots.rank.shape[1] == visual.shape[1] and real is None:
