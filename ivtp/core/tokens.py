@@ -32,8 +32,8 @@ class Selection:
     weight: Float[Tensor, "b k v"] | None = None
 
 
-Shorten = Callable[[Tensor], Tensor]
-"""A field "b n ..." → the same without the tokens that go."""
+Change = Callable[[Tensor], Tensor]
+"""A field "b n ..." → its visual part, or the field without the tokens that go."""
 Place = Callable[[Tensor, Tensor], Tensor]
 """A field "b n ..." and new values of the kept tokens "b k ..." → the field without the tokens that go, with these values."""
 
@@ -163,16 +163,17 @@ class Tokens:
 
         This is the only place where a sequence changes length by pruning: every field is rewritten together.
         """
-        shortened, placed = self._side_by_side(selection) if self.facts.start is not None else self._apart(selection)
-        sizes = self.of_visual(self.size)
+        apart = self.facts.start is None
+        visual, shortened, placed = self._apart(selection) if apart else self._side_by_side(selection)
+        sizes = visual(self.size)
 
         def reduced(values: Tensor) -> tuple[Tensor, Tensor]:
-            return reduce(self.of_visual(values), sizes, scores, selection)
+            return reduce(visual(values), sizes, scores, selection)
 
         x, size = reduced(self.x)
         valid = shortened(self.valid)
         if selection.valid is not None:
-            valid = placed(self.valid, take(self.of_visual(self.valid), selection.index) & selection.valid)
+            valid = placed(self.valid, take(visual(self.valid), selection.index) & selection.valid)
         padded = self.facts.padded or selection.valid is not None
         return self._each(
             shortened,
@@ -185,9 +186,11 @@ class Tokens:
             facts=replace(self.facts, visual=selection.index.shape[1], padded=padded),
         )
 
-    def _apart(self, selection: Selection) -> tuple[Shorten, Place]:
-        """Functions that shorten a field, and that put new values of the kept tokens in place, wherever visual tokens stand."""
-        kept, others = take(self.visual_index, selection.index), self.other_index
+    def _apart(self, selection: Selection) -> tuple[Change, Change, Place]:
+        """Functions that take the visual part of a field, shorten it, and put new values of the kept tokens in place, wherever
+        visual tokens stand."""
+        visual, others = self.visual_index, self.other_index
+        kept = take(visual, selection.index)
         # Text and separators may stand between visual tokens, so kept tokens take the sorted places of the kept ones. A
         # selection in another order fills those places in its order.
         order = torch.cat([others, kept.sort(dim=1).values], 1).argsort(dim=1, stable=True)
@@ -196,9 +199,9 @@ class Tokens:
         def placed(values: Tensor, kept: Tensor) -> Tensor:
             return take(torch.cat([take(values, others), kept.to(values.dtype)], 1), order)
 
-        return lambda values: take(values, source), placed
+        return lambda values: take(values, visual), lambda values: take(values, source), placed
 
-    def _side_by_side(self, selection: Selection) -> tuple[Shorten, Place]:
+    def _side_by_side(self, selection: Selection) -> tuple[Change, Change, Place]:
         """The same where visual tokens stand side by side: no place needs to be looked for, which on a GPU takes longer than
         to move the tokens."""
         start, end = self.facts.start, self.facts.start + self.visual_count
@@ -206,7 +209,8 @@ class Tokens:
         def placed(values: Tensor, kept: Tensor) -> Tensor:
             return torch.cat([values[:, :start], kept.to(values.dtype), values[:, end:]], 1)
 
-        return lambda values: placed(values, take(values[:, start:end], selection.index)), placed
+        visual = self.of_visual
+        return visual, lambda values: placed(values, take(visual(values), selection.index)), placed
 
     def samples(self, index: Int[Tensor, " c"]) -> Tokens:
         """The sequences of the batch at `index`, repeated or reordered."""
@@ -223,8 +227,8 @@ class Tokens:
             start=each[0].start if len({facts.start for facts in each}) == 1 else None,
         )
         fields: dict[str, Any] = {
-            name: None if value is None else torch.cat([getattr(part, name) for part in parts])
-            for name, value in vars(parts[0]).items()
+            name: None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
+            for name in FIELDS
             if name != "facts"
         }
         return cls(**fields, facts=facts)

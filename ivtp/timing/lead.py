@@ -116,7 +116,8 @@ def run(lead: Lead, say: Callable[[str], None] = lambda line: None) -> dict:
         for k, i in enumerate(able)
     ]
     for found in records:
-        base = next(r for r in records if r["pruner"] == OWN and r["model"] == found["model"] and same_batch(r, found))
+        alike = (r for r in records if (r["model"], r["batch"]) == (found["model"], found["batch"]))
+        base = next(r for r in alike if r["pruner"] == OWN)
         found["over_own"] = ratio(found["seconds"]["this"], base["seconds"]["this"])
         found["peak_of_own"] = found["peak_bytes"]["this"] / base["peak_bytes"]["this"]
     for found in records:
@@ -129,11 +130,6 @@ def run(lead: Lead, say: Callable[[str], None] = lambda line: None) -> dict:
     system = machine("cpu", "sdpa") | {"dtype": "float32"}
     about = {"model": lead.size.name, "text": lead.text, "commits": commits}
     return {"suite": SUITE, "machine": system, "lead": about | {"cases": records, "left_out": left_out}}
-
-
-def same_batch(one: dict, other: dict) -> bool:
-    """Return whether two records are of the same batch size."""
-    return one["batch"] == other["batch"]
 
 
 def alternate(

@@ -55,15 +55,6 @@ class Pretending(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
-def efficient_attention(q, k, v, bias, lse, dropout=0.0, causal=False, *, scale):
-    """What the memory-efficient kernel of a GPU gives: the output, and the log-sum-exp padded to a multiple of 32."""
-    logits = q.float() @ k.float().transpose(2, 3) * scale
-    if causal:
-        logits = logits.masked_fill(torch.ones(logits.shape[2:], dtype=torch.bool).triu(1), float("-inf"))
-    rows = torch.nn.functional.pad(logits.logsumexp(-1), (0, -logits.shape[2] % 32))
-    return (logits.softmax(-1) @ v.float()).to(q), rows, torch.zeros(()), torch.zeros(())
-
-
 def run(func, args, kwargs):
     """Run an operator on the CPU after the checks of devices that a GPU makes."""
     if func.namespace == "ivtp":
@@ -86,17 +77,9 @@ def run(func, args, kwargs):
     plain = [
         x.inner if isinstance(x, OnGpu) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat
     ]
-    if name == "_to_copy" and asked is not None and asked.type != ("cuda" if gpu else "cpu"):
-        plain_args, plain_kwargs = tree_unflatten(plain, spec)
-        out = func(*plain_args, **plain_kwargs)
-        out = out.clone() if out is plain_args[0] else out
-    elif name == "_scaled_dot_product_efficient_attention":
-        plain_args, plain_kwargs = tree_unflatten(plain, spec)
-        out = efficient_attention(*plain_args, **plain_kwargs)
-    else:
-        plain_args, plain_kwargs = tree_unflatten(plain, spec)
-        out = func(*plain_args, **plain_kwargs)
-    same = {id(x.inner): x for x in gpu}
+    plain_args, plain_kwargs = tree_unflatten(plain, spec)
+    out = func(*plain_args, **plain_kwargs)
+    same = {id(x.inner): x for x in gpu} if there else {}
     outs, shape = tree_flatten(out)
     wrapped = [same[id(x)] if id(x) in same else OnGpu(x) if there and isinstance(x, torch.Tensor) else x for x in outs]
     return tree_unflatten(wrapped, shape)

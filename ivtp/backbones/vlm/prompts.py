@@ -32,8 +32,8 @@ def images_of_prompts(
     sizes = [len(adapter.layout(image.kind).slots) for image in images]
     image = (prompts == image_token_id).int()
     counts, first, behind = torch.stack([image.sum(1), image.argmax(1), image.cumsum(1).argmax(1) + 1]).tolist()
-    spans = {(start, end - start) for start, end in zip(first, behind, strict=True)}
-    start = first[0] if len(spans) == 1 and spans == {(first[0], counts[0])} else None
+    spans = {(start, end - start, count) for start, end, count in zip(first, behind, counts, strict=True)}
+    start = first[0] if spans == {(first[0], counts[0], counts[0])} else None
     assigned, number = [], 0
     for prompt, count in enumerate(counts):
         own, free = [], count
